@@ -1,0 +1,212 @@
+"""Walk the tars of a folder once and write their index. Names are checked, members are never unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from shards.errors import DataError
+from shards.format import CREATED_BY, FORMAT, IMAGE_EXTENSIONS, PICKLED, SPLITS, VERSION, hash64
+from shards.index import MEMBERS, Index, file_sha256, labels_of
+
+Member = tuple[int, int]  # byte offset and size
+
+
+def write(
+    root: str | Path,
+    *,
+    synthetic: bool = False,
+    channels: int = 3,
+    source: str = "",
+    split: str = "",
+    in_place: bool = False,
+    progress: Callable[[str], None] = lambda shard: None,
+) -> Index:
+    """Index all `*.tar` of a folder and open the result.
+
+    `source` and `split` stand in for samples that name none; `in_place` marks tars that `build` did not write, and must
+    never delete. Raises DataError naming shard and member for what is unsafe or damaged. Nothing is left on an error.
+    """
+    root = Path(root)
+    tars = sorted(path for path in root.glob("*.tar") if path.is_file())
+    if not tars:
+        packed = sorted(root.glob("*.tar.*")) + sorted(root.glob("*.tgz"))
+        hint = f"; unpack {packed[0].name} first (byte offsets need a plain tar)" if packed else ""
+        raise DataError(f"{root} holds no *.tar file to index{hint}")
+    columns, shards = _Columns(source, split), []
+    for path in tars:
+        before = len(columns)
+        with path.open("rb") as file:
+            for key, members in samples(path):
+                columns.add(file, key, members)
+        shards.append({"name": path.name, "samples": len(columns) - before, "bytes": path.stat().st_size})
+        shards[-1]["sha256"] = file_sha256(path)
+        progress(path.name)
+    if not len(columns):
+        raise DataError(f"no sample with an image ({', '.join(IMAGE_EXTENSIONS)}) in the {len(tars)} tars of {root}")
+    new = root / "index.safetensors.new", root / "index.json.new"
+    try:
+        save_file(columns.finish(), new[0])
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "created_by": CREATED_BY,
+            "synthetic": synthetic,
+            "in_place": in_place,
+            "channels": channels,
+            "samples": len(columns),
+            "shards": shards,
+            "sources": columns.sources,
+            "vocabulary": {name: sorted(columns.vocabulary[name]) for name in columns.sources},
+            "splits": columns.splits,
+            "columns_sha256": file_sha256(new[0]),
+        }
+        new[1].write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        new[0].chmod(new[1].stat().st_mode)  # safetensors writes for the owner alone
+        os.replace(new[0], root / "index.safetensors")
+        os.replace(new[1], root / "index.json")
+    finally:
+        for path in new:
+            path.unlink(missing_ok=True)
+    return Index.open(root)
+
+
+def samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+    """(key, {extension: (offset, size)}) of each sample in a tar, keys as WebDataset makes them."""
+    current, members, end = None, {}, 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if info.isdir():
+                    _check_name(path, info.name)
+                    continue
+                key, extension = _member(path, info)
+                if key != current:
+                    if current is not None:
+                        yield current, members
+                    current, members = key, {}
+                if extension in members:
+                    raise DataError(f"{path}: member {info.name!r} is there twice")
+                members[extension] = info.offset_data, info.size
+                tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member it has seen
+        _check_end(path, end)
+    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no readable plain tar, or is cut off ({error}): copy it again") from None
+    if current is not None:
+        yield current, members
+
+
+def _check_end(path: Path, end: int) -> None:
+    """tarfile takes a damaged header for the end of the tar, so look: a tar ends in blocks of zeros."""
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise DataError(f"{path} is damaged or cut off at byte {end:,} of {path.stat().st_size:,}: copy it again")
+
+
+def _member(path: Path, info: tarfile.TarInfo) -> tuple[str, str]:
+    _check_name(path, info.name)
+    if not info.isreg() or info.issparse():
+        raise DataError(f"{path}: member {info.name!r} is a link or a special file, which is refused")
+    folder, _, name = info.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    extension = extension.lower()
+    if extension.rpartition(".")[2] in PICKLED:
+        raise DataError(f"{path}: member {info.name!r} is pickled, which can run code when read: remove it")
+    return f"{folder}/{stem}" if folder else stem, extension
+
+
+def _check_name(path: Path, name: str) -> None:
+    if name.startswith("/") or ".." in name.split("/") or "\\" in name:
+        raise DataError(f"{path}: member {name!r} leaves its folder, which is refused")
+
+
+class _Columns:
+    """The rows of an index as they are found; names become numbers at the end."""
+
+    def __init__(self, source: str, split: str):
+        self.source, self.split = source, split
+        self.members = {name: array("q") for name in MEMBERS}
+        self.numbers = {name: array("q") for name in ("source", "split", "label", "group", "digest")}
+        self.keys, self.key_at = bytearray(), array("q", [0])
+        self.sources: list[str] = []
+        self.splits: list[str] = list(SPLITS)
+        self.labels: dict[str, int] = {}  # first label -> number, in the order met
+        self.vocabulary: dict[str, set[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.key_at) - 1
+
+    def add(self, file: BinaryIO, key: str, members: dict[str, Member]) -> None:
+        image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
+        if image is None:
+            return
+        row, data = self._json(file, key, members)
+        labels = labels_of(row)
+        if not labels and "cls" in members:
+            labels = (_read(file, members["cls"]).decode("utf-8", "replace").strip(),)
+        labels = tuple(label for label in labels if label)
+        source = str(row.get("source") or self.source or ("default" if labels else ""))
+        split = str(row.get("split") or self.split)
+        group = str(row.get("group") or "")
+        found = {"image": image, "json": data, "mask": members.get("mask.png"), "txt": members.get("txt")}
+        for name, member in found.items():
+            self.members[name].extend(member or (0, 0))
+        numbers = {
+            "source": self._number(self.sources, source) if source else -1,
+            "split": self._number(self.splits, split),
+            "label": self.labels.setdefault(labels[0], len(self.labels)) if labels else -1,
+            "group": hash64(group.encode()) if group else 0,
+            "digest": hash64(_read(file, image)),
+        }
+        for name, value in numbers.items():
+            self.numbers[name].append(value)
+        if source:
+            self.vocabulary.setdefault(source, set()).update(labels)
+        self.keys += key.encode()
+        self.key_at.append(len(self.keys))
+
+    def _json(self, file: BinaryIO, key: str, members: dict[str, Member]) -> tuple[dict[str, Any], Member | None]:
+        if "json" not in members:
+            return {}, None
+        try:
+            row = json.loads(_read(file, members["json"]))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file.name}: the json member of sample {key!r} is no JSON ({error})") from None
+        return (row if isinstance(row, dict) else {}), members["json"]
+
+    @staticmethod
+    def _number(names: list[str], name: str) -> int:
+        if name not in names:
+            names.append(name)
+        return names.index(name)
+
+    def finish(self) -> dict[str, np.ndarray]:
+        if len(self.splits) > 127:
+            raise DataError(f"{len(self.splits)} splits, such as {self.splits[-1]!r}: is that column a split?")
+        sources = sorted(self.sources)
+        by_source = np.array([sources.index(name) for name in self.sources] + [-1])  # [-1] maps "none" to itself
+        every = sorted({label for names in self.vocabulary.values() for label in names})
+        by_label = np.array([every.index(name) for name in self.labels] + [-1])
+        self.sources = sources
+        dtypes = {"source": np.int32, "split": np.int8, "label": np.int32, "group": np.int64, "digest": np.int64}
+        out = {name: np.array(self.numbers[name], dtype) for name, dtype in dtypes.items()}
+        out["source"] = by_source[out["source"]].astype(np.int32)
+        out["label"] = by_label[out["label"]].astype(np.int32)
+        out |= {name: np.array(values, np.int64).reshape(-1, 2) for name, values in self.members.items()}
+        out["keys"], out["key_at"] = np.frombuffer(bytes(self.keys), np.uint8), np.array(self.key_at, np.int64)
+        return out
+
+
+def _read(file: BinaryIO, member: Member) -> bytes:
+    file.seek(member[0])
+    return file.read(member[1])

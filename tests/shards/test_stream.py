@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import pickle
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from shards.errors import DataError
+from shards.format import Sample
+from shards.index import Index
+from shards.stream import LABELLED_EPOCH, STAND_IN_EPOCH, Order, Positions, Quarantine, SampleDataset, StreamOptions
+
+
+class Fake(SimpleNamespace):
+    """What `Order` needs of an index: where shards start, and labels."""
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+
+def make(sizes: list[int], labels: list[int] | None = None) -> Any:
+    column = np.array([-1] * sum(sizes) if labels is None else labels, np.int32)
+    return Fake(starts=np.cumsum([0, *sizes]), root=Path("here"), column=lambda name: column)
+
+
+def describe(sample: Sample, image: np.ndarray, position: int, epoch: int, number: int) -> tuple[Any, ...]:
+    return position, epoch, number, sample.key, int(image.sum())
+
+
+def identity(batch: list[Any]) -> list[Any]:
+    return batch
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(any),
+    window=st.integers(1, 14),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+def test_every_sample_once_an_epoch(sizes: list[int], window: int, seed: int, data: st.DataObject) -> None:
+    index = make(sizes)
+    selected = data.draw(st.sets(st.integers(0, len(index) - 1), min_size=1))
+    order = Order(index, np.array(sorted(selected)), StreamOptions(seed=seed, window=window))
+    assert len(order) == len(selected)
+    for epoch in (0, 1, 5):
+        seen = [order(epoch * len(order) + place) for place in range(len(order))]
+        assert {e for e, _ in seen} == {epoch}
+        assert sorted(number for _, number in seen) == sorted(selected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(position=st.integers(0, 10**6), share=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1.0]))
+def test_any_position_needs_no_other(position: int, share: float) -> None:
+    index = make([5, 9, 3, 7], [i % 4 - 1 for i in range(24)])
+    options = StreamOptions(seed=3, window=2, labelled_fraction=share)
+    walked = Order(index, np.arange(24), options)
+    around = [walked(p) for p in range(max(0, position - 40), position + 1)]
+    assert Order(index, np.arange(24), options)(position) == around[-1]
+
+
+def test_shards_of_a_window_mix_and_others_do_not() -> None:
+    order = Order(make([10] * 6), np.arange(60), StreamOptions(window=2))
+    windows = [{order(p)[1] // 10 for p in range(start, start + 20)} for start in (0, 20, 40)]
+    assert all(len(window) == 2 for window in windows)
+    assert set.union(*windows) == set(range(6))
+    first = [order(p)[1] // 10 for p in range(20)]
+    assert first != sorted(first)
+    assert first != sorted(first, reverse=True)
+
+
+def test_epochs_and_seeds_differ() -> None:
+    def epoch(seed: int, number: int) -> list[int]:
+        order = Order(make([10] * 4), np.arange(40), StreamOptions(seed=seed))
+        return [order(number * 40 + p)[1] for p in range(40)]
+
+    orders = [epoch(0, 0), epoch(0, 1), epoch(1, 0)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+def test_the_order_never_changes() -> None:
+    """A run of last year resumes: these numbers may only change with the version of the run format."""
+    order = Order(
+        make([4, 3, 5], [0, 1, -1] * 4), np.arange(12), StreamOptions(seed=7, window=2, labelled_fraction=0.25)
+    )
+    assert [order(p)[1] for p in range(16)] == [6, 5, 8, 3, 11, 10, 9, 4, 4, 7, 2, 7, 3, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("share", "size"), [(0.25, 16), (0.5, 6), (0.125, 64), (1.0, 4), (0.3, 10)])
+def test_labelled_slots_are_exact_and_balanced(share: float, size: int) -> None:
+    labels = [0] * 50 + [1] * 3 + [2] * 7 + [-1] * 140
+    order = Order(make([20] * 10, labels), np.arange(200), StreamOptions(labelled_fraction=share))
+    slots: list[int] = []
+    for block in range(40):
+        drawn = [order(p) for p in range(block * size, (block + 1) * size)]
+        mine = [number for epoch, number in drawn if epoch >= LABELLED_EPOCH]
+        assert len(mine) == round(share * size)
+        slots += mine
+    counts = Counter(labels[number] for number in slots)
+    assert set(counts) == {0, 1, 2}
+    assert max(counts.values()) - min(counts.values()) <= 1
+    for kind in (1, 2):  # each class goes through all of its own before it repeats
+        own = [number for number in slots if labels[number] == kind]
+        n = labels.count(kind)
+        assert all(len(set(own[i : i + n])) == n for i in range(0, len(own) - n + 1, n))
+
+
+def test_the_other_slots_run_the_plain_order() -> None:
+    labels = [i % 5 - 1 for i in range(50)]
+    mixed = Order(make([10] * 5, labels), np.arange(50), StreamOptions(labelled_fraction=0.25))
+    plain = Order(make([10] * 5, labels), np.arange(50), StreamOptions())
+    rest = [mixed(p) for p in range(200) if mixed(p)[0] < LABELLED_EPOCH]
+    assert rest == [plain(p) for p in range(150)]
+    assert mixed.epochs(200) == 3
+
+
+def test_what_cannot_be_streamed() -> None:
+    with pytest.raises(DataError, match="no selected sample of here has a label"):
+        Order(make([4]), np.arange(4), StreamOptions(labelled_fraction=0.5))
+    with pytest.raises(DataError, match="nothing to stream"):
+        Order(make([4]), np.array([], int), StreamOptions())
+    for bad in ({"window": 0}, {"labelled_fraction": 1.5}, {"seed": -1}, {"max_bad_fraction": -0.1}):
+        with pytest.raises(DataError, match=next(iter(bad))):
+            StreamOptions(**bad)
+
+
+def batches(index: Index, workers: int, **where: int) -> Iterator[list[Any]]:
+    order = Order(index, index.select(), StreamOptions(window=3, labelled_fraction=0.25))
+    dataset = SampleDataset(index, order, describe, at_least=16)
+    loader = DataLoader(dataset, batch_sampler=Positions(**where), num_workers=workers, collate_fn=identity)
+    return iter(loader)
+
+
+def first(index: Index, count: int, workers: int = 0, **where: int) -> list[Any]:
+    return [item for batch in itertools.islice(batches(index, workers, **where), count) for item in batch]
+
+
+def test_workers_ranks_and_micro_batches_see_one_order(index: Index) -> None:
+    whole = first(index, 10, size=16)
+    assert [item[0][0] for item in whole] == list(range(160))
+    assert first(index, 10, workers=1, size=16) == whole
+    assert first(index, 10, workers=3, size=16) == whole
+    assert first(index, 40, size=16, micro=4) == whole
+    ranks = [first(index, 20, rank=rank, world=2, micro=4, size=16) for rank in (0, 1)]
+    joined = [item for step in range(10) for rank in (0, 1) for item in ranks[rank][step * 8 : step * 8 + 8]]
+    assert joined == whole
+    assert first(index, 3, workers=3, size=16, start=7 * 16) == whole[7 * 16 :]
+
+
+def test_an_order_can_be_sent_to_a_spawned_process(index: Index) -> None:
+    order = Order(index, index.select(), StreamOptions(labelled_fraction=0.5))
+    here = [order(p) for p in range(8)]
+    assert len(pickle.dumps(SampleDataset(index, order, describe))) < 20_000
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(order, range(8)) == here
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"size": 7, "world": 2}, {"size": 8, "world": 2, "micro": 3}, {"size": 8, "world": 2, "rank": 2}, {"size": 0}],
+)
+def test_batches_that_do_not_divide(where: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"divide|describe no batch"):
+        Positions(**where)
+
+
+@pytest.fixture
+def damaged(index: Index, tmp_path: Path) -> tuple[Index, int]:
+    """The index with one JPEG overwritten."""
+    shutil.copytree(index.root, tmp_path / "set")
+    copy, number = Index.open(tmp_path / "set"), 11
+    name, offset = copy.shard_of(number)
+    with (copy.root / name).open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff\xd8" + bytes(60))
+    return copy, number
+
+
+def test_a_damaged_sample_is_replaced_and_reported(damaged: tuple[Index, int]) -> None:
+    index, number = damaged
+    order = Order(index, index.select(), StreamOptions())
+    dataset = SampleDataset(index, order, describe)
+    position = next(p for p in range(60) if order(p)[1] == number)
+    item, bad = dataset[position]
+    epoch, stand_in = order(position + 1)
+    assert item[:3] == (position, epoch + STAND_IN_EPOCH, stand_in)
+    assert item == (*item[:3], *dataset[position + 1][0][3:])
+    assert bad == [{"key": index.key(number), "shard": index.shard_of(number)[0], "reason": bad[0]["reason"]}]
+    assert "damaged jpg" in bad[0]["reason"]
+    assert all(not dataset[p][1] for p in range(60) if p != position)
+
+
+def test_an_endless_row_of_damage_stops(damaged: tuple[Index, int]) -> None:
+    index, number = damaged
+    dataset = SampleDataset(index, Order(index, np.array([number]), StreamOptions()), describe)
+    with pytest.raises(DataError, match=rf"32 samples in a row cannot be read, the last {index.key(number)} in shard-"):
+        dataset[0]
+
+
+def test_quarantine_writes_once_and_stops_in_time(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    bad = [{"key": f"k{i}", "shard": "s.tar", "reason": "damaged"} for i in range(12)]
+    quarantine = Quarantine(path, StreamOptions(max_bad_fraction=0.01), samples=5000)
+    for _ in range(2):
+        quarantine.add(bad[:2], 100)
+    quarantine = Quarantine(path, StreamOptions(max_bad_fraction=0.01), samples=5000)
+    quarantine.add(bad[1:10], 900)
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == [f"k{i}" for i in range(10)]
+    with pytest.raises(DataError, match=r"11 damaged samples after 900 images"):
+        quarantine.add(bad[:11], 900)
+    quarantine.add(bad, 2000)
