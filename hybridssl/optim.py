@@ -1,0 +1,86 @@
+"""AdamW over parameter groups: layer decay, a slower patch embedding, no decay for norms, biases, scales and tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from hybridssl.schedule import cosine, warmup_cosine
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    lr: float = 1e-3  # for a batch of 1,024 images; scaled by sqrt(batch / 1024) (DINOv2)
+    final_lr: float = 1e-6  # at the end of the cosine, not scaled
+    warmup: float = 0.1  # share of the run with a rising learning rate
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: tuple[float, float] = (0.04, 0.4)  # cosine from first to second
+    layer_decay: float = 1.0  # learning rate x this per block, from the last to the first
+    patch_embed_lr: float = 0.2  # further factor of the patch embedding (MoCo v3: it is what diverges first)
+    clip: float = 3.0  # largest gradient norm over all parameters
+    heads_first: float = 0.0  # share of the run in which the backbone rests; for continuing from released weights
+
+
+def scaled_lr(options: OptimOptions, batch: int) -> float:
+    """The peak learning rate for an effective batch of `batch` images."""
+    return options.lr * math.sqrt(batch / 1024)
+
+
+def build(backbone: nn.Module, heads: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
+    """AdamW whose groups carry `scale` (of the learning rate) and `decays` (takes weight decay or not)."""
+    model: nn.Module = backbone.model  # type: ignore[assignment]
+    groups = []
+    for group in param_groups_layer_decay(model, weight_decay=1.0, layer_decay=options.layer_decay):
+        groups.append({"params": group["params"], "scale": group["lr_scale"], "decays": group["weight_decay"] > 0})
+    groups.append({"params": [backbone.mask_token], "scale": 1.0, "decays": False})
+    for decays in (True, False):
+        chosen = [p for p in heads.parameters() if p.requires_grad and (p.ndim > 1) is decays]
+        groups.append({"params": chosen, "scale": 1.0, "decays": decays})
+
+    # timm names tokens and position embeddings itself; the patch embedding gets a group of its own here.
+    patch = {id(p) for p in model.patch_embed.parameters()}  # type: ignore[union-attr]
+    tokens = {id(p) for n, p in model.named_parameters() if n in ("cls_token", "reg_token", "pos_embed")}
+    split: list[dict] = []
+    for group in groups:
+        for slow in (True, False):
+            for token in (True, False):
+                params = [p for p in group["params"] if (id(p) in patch) is slow and (id(p) in tokens) is token]
+                scale = group["scale"] * (options.patch_embed_lr if slow else 1.0)
+                if params:
+                    split.append({"params": params, "scale": scale, "decays": group["decays"] and not token})
+    return torch.optim.AdamW(split, lr=0.0, betas=options.betas, weight_decay=0.0)
+
+
+def set_hyperparameters(
+    optimizer: torch.optim.Optimizer, options: OptimOptions, batch: int, progress: float
+) -> dict[str, float]:
+    """Write learning rate and weight decay of this moment into the groups; returns them for the log."""
+    lr = warmup_cosine(scaled_lr(options, batch), options.final_lr, options.warmup, progress)
+    decay = cosine(*options.weight_decay, progress)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+        group["weight_decay"] = decay if group["decays"] else 0.0
+    return {"lr": lr, "weight_decay": decay}
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The optimiser's tensors by parameter name (`NAME|exp_avg`), so that a checkpoint outlives a regrouping."""
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            yield f"{name}|{key}", value
+
+
+def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of `named_state`; a parameter that never had a gradient has no entry, then as now."""
+    for name, parameter in model.named_parameters():
+        own = {key.split("|", 1)[1]: t for key, t in tensors.items() if key.split("|", 1)[0] == name}
+        if own:
+            # AdamW keeps its step counter on the CPU and the moments beside the parameter.
+            optimizer.state[parameter] = {
+                key: t if key == "step" else t.to(parameter.device, parameter.dtype) for key, t in own.items()
+            }

@@ -1,0 +1,104 @@
+"""The student: a backbone and the objectives with their heads, as one module; and the teacher, its moving average."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridssl.backbone import Backbone
+from hybridssl.health import rankme
+from hybridssl.objectives import Objective
+from hybridssl.types import Batch, Tokens, Views, ViewTokens
+
+
+class Student(nn.Module):
+    """Everything that is trained. One `forward` holds the whole student side of a step, so DDP sees one call."""
+
+    def __init__(self, backbone: Backbone, objectives: nn.ModuleDict) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.objectives = objectives
+        self.views = frozenset().union(*(o.views for o in self.each().values()))
+        # DDP waits for the gradient of every parameter that asks for one, so what no objective reaches must not ask.
+        backbone.mask_token.requires_grad_(any(o.masked for o in self.each().values()))
+
+    def each(self) -> dict[str, Objective]:
+        return dict(self.objectives.items())  # type: ignore[arg-type]
+
+    def forward(
+        self, views: Views, targets: dict[str, Any], batch: Batch, progress: float, watch: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The unweighted losses of a micro-batch, `objective` or `objective/part`; to `watch`, signs of health too."""
+        tokens = self.look(views, batch.masks.flatten(0, 1))
+        losses, health = {}, {}
+        for name, objective in self.each().items():
+            for part, loss in objective(tokens, targets[name], batch, progress).items():
+                losses[name if part in ("", name) else f"{name}/{part}"] = loss
+            if watch:
+                with torch.no_grad():
+                    health |= {f"health/{k}": v for k, v in objective.health(tokens, targets[name], batch).items()}
+        if watch:
+            features = tokens.global_.cls if len(tokens.global_.cls) else tokens.clean.cls  # type: ignore[union-attr]
+            health["health/rankme"] = rankme(features.detach().float())
+        return losses, health
+
+    def look(self, views: Views, masks: Tensor | None = None) -> ViewTokens:
+        """Tokens of the views that the objectives use. masks: bool [2B, P], patches of the global views to hide.
+
+        Global and clean views have one size and share a pass; views that nobody uses cost nothing and have 0 rows.
+        """
+        seen, hidden = [], []
+        if "global" in self.views:
+            seen.append(views.global_)
+            hidden.append(masks)
+        if "clean" in self.views and views.clean is not None:
+            seen.append(views.clean)
+            hidden.append(None if masks is None else masks.new_zeros(len(views.clean), masks.shape[1]))
+        images = torch.cat(seen) if seen else views.global_[:0]
+        mask = torch.cat(hidden) if masks is not None and "global" in self.views else None
+        tokens = self.backbone(images, mask)
+        split = len(views.global_) if "global" in self.views else 0
+        local = self.backbone(views.local) if "local" in self.views and views.local is not None else None
+        return ViewTokens(tokens[:split], local, tokens[split:])
+
+
+def make_teacher(student: Student) -> Student:
+    """A copy that is never trained: eval mode (no stochastic depth), no gradients."""
+    return copy.deepcopy(student).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def targets(
+    teacher: Student, views: Sequence[Views], batches: Sequence[Batch], progress: float
+) -> list[dict[str, Any]]:
+    """What the teacher asks of the student, per micro-batch and objective.
+
+    All micro-batches of a step go in together, because assignment (Sinkhorn) and normalising counts cover the
+    effective batch. The teacher sees the global views alone, whole.
+    """
+    needed = any(o.taught for o in teacher.each().values())
+    tokens = [_teach(teacher, v) if needed else ViewTokens(_no_tokens(v, teacher.backbone)) for v in views]
+    by_name = {name: o.targets(tokens, list(batches), progress) for name, o in teacher.each().items()}
+    return [{name: values[i] for name, values in by_name.items()} for i in range(len(batches))]
+
+
+def _teach(teacher: Student, views: Views) -> ViewTokens:
+    return ViewTokens(teacher.backbone(views.global_))
+
+
+def _no_tokens(views: Views, backbone: Backbone) -> Tokens:
+    empty = views.global_.new_zeros(0, backbone.dim)
+    return Tokens(empty, empty[:, None], empty[:, None])
+
+
+@torch.no_grad()
+def update_teacher(teacher: Student, student: Student, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, by parameter (mean teacher, 1703.01780).
+
+    Buffers (a running centre, say) are the teacher's own and stay.
+    """
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)

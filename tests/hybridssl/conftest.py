@@ -1,0 +1,100 @@
+"""Toy tokens and batches for the objectives: what a backbone and a loader would hand over, drawn from a seed."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import fields, replace
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hybridssl.objectives import Context, build
+from hybridssl.types import Batch, Tokens, ViewTokens
+
+DIM, PATCHES, CLASSES = 12, 9, 5
+NAMED = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()  # source 2 can name nothing
+SMALL = {"prototypes": 7, "hidden": 16, "bottleneck": 6, "freeze_last": 0.0}
+
+
+@pytest.fixture
+def toys() -> ModuleType:
+    return sys.modules[__name__]
+
+
+def context(**changes) -> Context:
+    return replace(Context(dim=DIM, classes=CLASSES, named=NAMED, steps=100), **changes)
+
+
+def batch(images: int, seed: int = 0, masked: float = 0.5, labelled: float = 0.7) -> Batch:
+    """Half of the views with random masks, most images with one label that their source can name."""
+    g = torch.Generator().manual_seed(seed)
+    masks = torch.rand(2, images, PATCHES, generator=g) < 0.4
+    masks[..., 0] = True  # a view that is masked has at least one masked patch
+    masks &= torch.rand(2, images, 1, generator=g) < masked
+    source = torch.randint(-1, 2, (images,), generator=g)
+    could = torch.cat([NAMED, torch.ones(1, CLASSES, dtype=torch.bool)])[source]
+    labels = torch.zeros(images, CLASSES, dtype=torch.uint8)
+    labels[torch.arange(images), torch.multinomial(could.float(), 1, generator=g)[:, 0]] = 1
+    known = torch.rand(images, generator=g) < labelled
+    nothing = torch.zeros(2, images, 0, dtype=torch.uint8)
+    return Batch(nothing, nothing, nothing[0], nothing, masks, labels * known[:, None], source, known)
+
+
+def tokens(images: int, seed: int = 0, local: int = 3) -> ViewTokens:
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int) -> Tokens:
+        shapes = ((rows, DIM), (rows, 0, DIM), (rows, PATCHES, DIM))
+        return Tokens(*(torch.randn(s, generator=g).requires_grad_() for s in shapes))
+
+    return ViewTokens(draw(2 * images), draw(local * images) if local else None, draw(images))
+
+
+def split_tokens(views: ViewTokens, images: int, parts: int) -> list[ViewTokens]:
+    """Micro-batches of consecutive images; rows stay view-major."""
+
+    def chunks(t: Tensor) -> list[Tensor]:
+        return [c.flatten(0, 1) for c in t.unflatten(0, (-1, images)).chunk(parts, dim=1)]
+
+    def each(t: Tokens | None) -> list[Tokens | None]:
+        if t is None:
+            return [None] * parts
+        return [Tokens(*p) for p in zip(chunks(t.cls), chunks(t.registers), chunks(t.patches), strict=True)]
+
+    return [ViewTokens(*p) for p in zip(*(each(getattr(views, f.name)) for f in fields(views)), strict=True)]  # type: ignore[arg-type]
+
+
+def split_batch(whole: Batch, parts: int) -> list[Batch]:
+    one = replace(whole, masks=whole.masks.transpose(0, 1))  # images first, as in the other fields
+    names = ("masks", "labels", "source", "labelled")
+    pieces = zip(*(getattr(one, n).chunk(parts) for n in names), strict=True)
+    made = [replace(whole, **dict(zip(names, p, strict=True))) for p in pieces]
+    return [replace(b, masks=b.masks.transpose(0, 1), global_=whole.global_[:, : len(b.source)]) for b in made]
+
+
+def pair(options: dict, seed: int = 0, **changes) -> tuple[nn.ModuleDict, nn.ModuleDict]:
+    """Student and teacher copies with different weights."""
+    torch.manual_seed(seed)
+    student, teacher = build(options, context(**changes)), build(options, context(**changes))
+    for module in (student, teacher):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, std=0.5)
+    return student, teacher.requires_grad_(False)
+
+
+def step(student, teacher, views, taught, batches, progress: float = 0.5) -> dict[str, Tensor]:
+    """What the loop does with the micro-batches of a step: losses averaged over them, gradients accumulated."""
+    targets = {name: o.targets(taught, batches, progress) for name, o in teacher.items()}
+    total: dict[str, Tensor] = {}
+    for i, (view, one) in enumerate(zip(views, batches, strict=True)):
+        losses = {k: v for n, o in student.items() for k, v in o(view, targets[n][i], one, progress).items()}
+        (torch.stack(list(losses.values())).sum() / len(batches)).backward()
+        total = {k: total.get(k, 0) + v.detach() / len(batches) for k, v in losses.items()}
+    return total
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {n: copy.deepcopy(p.grad) for n, p in module.named_parameters() if p.grad is not None}
