@@ -34,6 +34,8 @@ class Context:
     named: Tensor  # bool [S, K]: which classes a source can name
     prototypes: Tensor | None = None  # [K, dim] text embeddings of the classes
     steps: int = 1  # length of the run
+    batch: int = 0  # images of an effective batch, over all micro-batches and processes; 0: not known
+    micro: int = 0  # images of a forward pass
 
 
 class Objective(nn.Module):
@@ -81,6 +83,10 @@ class Objective(nn.Module):
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
         """Parameters that do not move at this point of the run: the loop sets their gradient to None."""
         return ()
+
+    def schedules(self, progress: float) -> dict[str, float]:
+        """What this objective changes over the run by itself, by name, for the log."""
+        return {}
 
     def health(self, student: ViewTokens, target: Any, batch: Batch) -> dict[str, Tensor]:
         """Scalars for the log points, by name; called without gradients on the student's copy."""

@@ -44,6 +44,9 @@ class Distil(Objective):
         risen = min(1.0, progress / o.temperature_warmup) if o.temperature_warmup > 0 else 1.0
         return o.teacher_temperature_start + (o.teacher_temperature - o.teacher_temperature_start) * risen
 
+    def schedules(self, progress: float) -> dict[str, float]:
+        return {"temperature": self.temperature(progress)}
+
     def assign(self, tokens: Tensor, progress: float) -> Tensor:
         """Targets [N, K] of teacher tokens [N, D], balanced over all N of all processes."""
         scores, temperature = self.head(tokens), self.temperature(progress)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridssl.errors import UserError
 from hybridssl.heads import fp32
-from hybridssl.objectives import Objective, ObjectiveOptions
+from hybridssl.objectives import Context, Objective, ObjectiveOptions
 from hybridssl.types import Batch, ViewTokens
 
 
@@ -34,15 +34,25 @@ class Spread(Objective):
         "becoming alike (collapse)."
     )
 
+    def __init__(self, options: Options, context: Context) -> None:
+        super().__init__(options, context)
+        self.group = min(options.group, context.batch or options.group)
+        if context.micro % self.group:
+            raise UserError(_does_not_divide(self.group, context.micro))
+
     def forward(self, student: ViewTokens, target: Any, batch: Batch, progress: float) -> dict[str, Tensor]:
         views = fp32(student.global_.cls).unflatten(0, (2, -1))  # [2, B, D]
-        images, group = views.shape[1], min(self.options.group, views.shape[1])
+        images, group = views.shape[1], min(self.group, views.shape[1])
         if images % group:
-            raise UserError(
-                f"objectives.spread.group={group} does not divide batch.micro={images}: "
-                "choose a group that does, or a micro-batch smaller than the group"
-            )
+            raise UserError(_does_not_divide(group, images))
         return {"spread": koleo(views.reshape(-1, group, views.shape[-1])) * 2}
+
+
+def _does_not_divide(group: int, micro: int) -> str:
+    return (
+        f"objectives.spread.group={group} does not divide batch.micro={micro}: neighbours are sought in whole groups, "
+        f"so make batch.micro a multiple of {group}, or the group smaller"
+    )
 
 
 def koleo(x: Tensor) -> Tensor:

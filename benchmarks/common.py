@@ -1,0 +1,50 @@
+"""What every result file says besides its figures: on which machine, at which commit, with which versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, GPU, versions and commit; nothing that names the host or a path."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, cwd=RESULTS)
+    return {
+        "machine": {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "gpu": gpu,
+            "simd": torch.backends.cpu.get_cpu_capability(),
+        },
+        "versions": {name: version(name) for name in ("torch", "timm", "lightly", "accelerate")},
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+    }
+
+
+def write_results(name: str, document: dict[str, Any]) -> Path:
+    """benchmarks/results/NAME, pretty and stable, so that a difference between two runs reads well."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / name
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path.relative_to(RESULTS.parent.parent)}")
+    return path
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,1 @@
+"""The pretraining assembly: one loop, read top to bottom, and its recipes."""

@@ -1,0 +1,110 @@
+"""From shards to batches: the glue between the stream, which knows no crops, and the views, which know no files."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from hybridssl import views
+from hybridssl.backbone import Backbone
+from hybridssl.types import Batch
+from hybridssl.views import Item, ViewOptions
+from pretrain.recipe import Recipe
+from shards.format import Sample, decode
+from shards.index import Index
+from shards.stream import Order, Positions, SampleDataset
+
+
+@dataclass(frozen=True)
+class ToItem:
+    """Turns a decoded sample into crops, masks and colour parameters, all drawn from (seed, epoch, sample)."""
+
+    options: ViewOptions
+    patch: int
+    seed: int
+    classes: tuple[str, ...]
+    sources: tuple[str, ...]
+    clean: bool
+
+    def __call__(self, sample: Sample, image: np.ndarray, position: int, epoch: int, number: int) -> Item:
+        rng = views.generator(self.seed, epoch, number)
+        # Only labelled images need the mild view: it is what labels supervise, and costs a pass.
+        crops = views.crop(image, rng, self.options, self.patch, position, clean=self.clean and bool(sample.labels))
+        labels = np.zeros(len(self.classes), np.uint8)
+        labels[[self.classes.index(name) for name in sample.labels]] = 1
+        source = self.sources.index(sample.source) if sample.source in self.sources else -1
+        return Item(crops, labels, source, bool(sample.labels), sample.text or "", sample.key)
+
+
+def collate(samples: list[tuple[Item, list[dict]]]) -> Batch:
+    """(item, what did not decode on the way to it) pairs to a Batch."""
+    batch = views.collate([item for item, _ in samples])
+    batch.bad.extend(record for _, bad in samples for record in bad)
+    return batch
+
+
+def micro_batch(recipe: Recipe, world: int) -> int:
+    """Images a forward pass of one process. Raises ValueError when the batch cannot be parted evenly."""
+    micro = recipe.batch.micro or recipe.batch.size // world
+    if micro < 1 or recipe.batch.size % (micro * world):
+        raise ValueError(
+            f"batch.size={recipe.batch.size} cannot be parted into micro-batches of {micro} on {world} processes: "
+            f"make batch.size a multiple of {max(micro, 1) * world}"
+        )
+    return micro
+
+
+def loader(recipe: Recipe, index: Index, clean: bool, patch: int, start: int, rank: int, world: int) -> DataLoader:
+    """Endless micro-batches of this rank, from global position `start` on."""
+    order = Order(index, index.select(recipe.data.splits), replace(recipe.stream, seed=recipe.seed))
+    to_item = ToItem(recipe.views, patch, recipe.seed, index.classes, index.sources, clean)
+    positions = Positions(recipe.batch.size, start, rank, world, micro_batch(recipe, world))
+    return DataLoader(
+        SampleDataset(index, order, to_item, recipe.views.decode_at_least()),
+        batch_sampler=positions,
+        num_workers=recipe.data.workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=recipe.data.workers > 0,
+        prefetch_factor=4 if recipe.data.workers else None,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+    )
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; a worker that died of it would fail the step that is to be finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class EvalImages(Dataset):
+    """uint8 [C, size, size] images in evaluation geometry, with their numbers."""
+
+    def __init__(self, index: Index, numbers: np.ndarray, size: int) -> None:
+        self.index, self.numbers, self.size = index, numbers, size
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        image = decode(self.index.read(int(self.numbers[i])).image, self.size, self.index.channels)
+        return views.resize_for_eval(image, self.size)
+
+
+@torch.no_grad()
+def features(
+    backbone: Backbone, index: Index, numbers: np.ndarray, options: ViewOptions, batch: int = 64
+) -> np.ndarray:
+    """CLS features [N, D] of the samples `numbers`, on the backbone's device, in evaluation geometry."""
+    device = next(backbone.parameters()).device
+
+    def chunks() -> Iterator[torch.Tensor]:
+        for images in DataLoader(EvalImages(index, numbers, options.global_size), batch_size=batch):
+            pixels = views.normalise(images.to(device), options.mean, options.std)
+            yield backbone(pixels).cls.float().cpu()
+
+    return torch.cat(list(chunks())).numpy() if len(numbers) else np.zeros((0, backbone.dim), np.float32)

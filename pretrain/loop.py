@@ -1,0 +1,226 @@
+"""The pretraining loop. `train` is the whole of it, read from top to bottom; what it calls are parts with a name.
+
+accelerate launch pretrain recipe=derm-s data.train=data/derm out=runs/derm-s
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.layers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+
+from hybridssl import backbone as backbones
+from hybridssl import dist, optim, run, student, text
+from hybridssl.errors import UserError
+from hybridssl.objectives import Context
+from hybridssl.objectives import build as build_objectives
+from hybridssl.recipe import differences, to_dict
+from hybridssl.schedule import cosine, ramp
+from hybridssl.student import Student
+from hybridssl.views import render
+from pretrain import data, record
+from pretrain import recipe as recipes
+from pretrain.probe import InLoopProbe
+from pretrain.recipe import Recipe
+from shards.errors import DataError
+from shards.index import Index
+
+HELP = """usage: accelerate launch pretrain recipe=NAME_OR_PATH data.train=FOLDER out=RUN_FOLDER [key=value ...]
+
+Pretrain a vision backbone on tar shards. Run the same command again and it goes on where it was.
+
+  recipe=NAME      one of: {names}; or a .yaml file
+  data.train=DIR   a folder made by `python -m shards build` (or `demo`)
+  out=DIR          the run folder: recipe.yaml, metrics.jsonl, checkpoints/, report.html
+  key=value        any key of the recipe, for example steps=2000 batch.size=128 batch.micro=32 seed=1
+                   objectives.labels=null switches a part off; lists as views.local_scale=[0.1,0.4]
+
+examples
+  accelerate launch pretrain recipe=demo data.train=data/demo out=runs/demo
+  accelerate launch --multi_gpu --num_processes 4 pretrain recipe=derm-s data.train=data/derm out=runs/derm-s
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or {"-h", "--help", "help"} & set(arguments):
+        print(HELP.format(names=", ".join(recipes.names())))
+        return 0
+    try:
+        return train(recipes.load(arguments))
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(recipe: Recipe) -> int:
+    """Run `recipe` to its end, from the newest checkpoint of `recipe.out` if there is one; returns the exit code."""
+    out = Path(recipe.out)
+    index = Index.open(recipe.data.train)
+    state = check(recipe, out, index)
+    accelerator = start_accelerator(recipe)
+    device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
+
+    # The model: student, its moving average the teacher, and the optimiser of the student.
+    set_seed(recipe.seed)
+    micro = micro_batch(recipe, world)
+    learner = build_student(recipe, index, micro, announce=accelerator.is_main_process and state is None).to(device)
+    teacher = student.make_teacher(learner)
+    optimizer = optim.build(learner.backbone, learner.objectives, recipe.optim)
+    if state:
+        run.resume(out, learner, teacher, optimizer)
+    model = accelerator.prepare(learner)  # the student alone: the teacher needs no gradients, the loader parts itself
+    step = state["step"] if state else 0
+
+    # The data: an endless stream of micro-batches, whose order is a function of the seed and the position.
+    clean = "clean" in learner.views
+    accumulate = recipe.batch.size // (micro * world)
+    loader = data.loader(recipe, index, clean, learner.backbone.patch_size, step * recipe.batch.size, rank, world)
+    stream = iter(loader)
+
+    log = record.Record(recipe, accelerator, out, index, step, learner)
+    probe = InLoopProbe(recipe, index) if recipe.probe.every and accelerator.is_main_process else None
+
+    with log, record.StopSignal() as stop:
+        while step < recipe.steps and not stop.asked:
+            progress = step / recipe.steps
+            schedule = optim.set_hyperparameters(optimizer, recipe.optim, recipe.batch.size, progress)
+            schedule["momentum"] = cosine(*recipe.teacher.momentum, progress)
+            schedule |= {k: v for o in learner.each().values() for k, v in o.schedules(progress).items()}
+            torch.manual_seed(step_seed(recipe.seed, step, rank))  # stochastic depth; nothing else draws here
+
+            # Teacher first, over all micro-batches: assignment must see the effective batch, not a part of it.
+            with log.waiting():
+                batches = [next(stream).to(device) for _ in range(accumulate)]
+            views = [render(batch, recipe.views) for batch in batches]
+            with accelerator.autocast():
+                targets = student.targets(teacher, views, batches, progress)
+
+            # Then the student, gradients summed over micro-batches and, at the last, averaged over processes.
+            losses: dict[str, Tensor] = {}
+            watch = log.due(step + 1)
+            for i, (batch, view, target) in enumerate(zip(batches, views, targets, strict=True)):
+                last = i == accumulate - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                    parts, health = model(view, target, batch, progress, watch and last)
+                    accelerator.backward(weighted(parts, recipe, progress) / accumulate)
+                losses = {k: losses.get(k, 0.0) + v.detach() / accumulate for k, v in parts.items()}
+
+            for parameter in resting(learner, recipe, progress):
+                parameter.grad = None
+            norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)
+            if accepted := dist.all_agree(bool(torch.isfinite(norm))):  # the norm holds every loss and every rank
+                optimizer.step()
+                student.update_teacher(teacher, learner, schedule["momentum"])
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            stop.share()
+            log.step(step, batches, losses, norm, accepted, schedule, health, watch or stop.asked)
+            if probe and probe.due(step):
+                log.write(step, probe(teacher.backbone))
+            if step % recipe.save.every == 0 or step == recipe.steps or stop.asked:
+                log.save(step, learner, teacher, optimizer)
+    return log.finish(step)
+
+
+def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
+    """The state to resume from, or None for a new run. Raises UserError when `out` holds something else."""
+    if not (out / "checkpoints").is_dir() or not any((out / "checkpoints").glob("step-*[0-9]")):
+        return None
+    state = run.read_state(out)
+    changed = differences(state["recipe"], to_dict(recipe), ignore=recipes.MAY_CHANGE)
+    if changed:
+        raise UserError(
+            f"{out} is a run of another recipe; these keys differ:\n  " + "\n  ".join(changed) + "\n"
+            "Give the run another folder with out=..., or repeat the old values to go on with it"
+        )
+    if state["data"]["index_sha256"] != index.sha256:
+        raise UserError(
+            f"{recipe.data.train} is not what {out} was trained on (its index changed); use another out=..."
+        )
+    return state
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        log_with=list(recipe.log.trackers) or None,
+        project_dir=recipe.out if recipe.log.trackers else None,
+        step_scheduler_with_optimizer=False,
+    )
+    # On a CPU plain matmul attention is faster than the fused kernel, whose backward is slow there (docs/log.md).
+    timm.layers.set_fused_attn(accelerator.device.type == "cuda")
+    return accelerator
+
+
+def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = False) -> Student:
+    """Backbone (fresh or loaded) and objectives of `recipe`, on the CPU."""
+    backbone = backbones.build(recipe.backbone, index.channels, recipe.views.global_size)
+    for key, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
+        if size % backbone.patch_size:
+            raise UserError(f"views.{key}={size} is not a multiple of the backbone's patch size {backbone.patch_size}")
+    if recipe.backbone.weights:
+        coverage = backbones.load_weights(backbone, recipe.backbone)
+        if announce:
+            print(f"{recipe.backbone.weights}: {coverage}")
+    context = Context(
+        dim=backbone.dim,
+        classes=len(index.classes),
+        named=torch.from_numpy(index.named()),
+        prototypes=class_prototypes(recipe, index, backbone.dim),
+        steps=recipe.steps,
+        batch=recipe.batch.size,
+        micro=micro,
+    )
+    return Student(backbone, build_objectives(recipe.objectives, context))
+
+
+def class_prototypes(recipe: Recipe, index: Index, width: int) -> Tensor | None:
+    """What the text encoder knows of the classes, [K, width]; None when no objective starts from text.
+
+    A classes.csv beside the shards describes them unless the recipe names another table.
+    """
+    if not any(getattr(options, "init", "") == "text" for options in recipe.objectives.values()):
+        return None
+    options, beside = recipe.text, index.root / "classes.csv"
+    if not options.classes and beside.is_file():
+        options = replace(options, classes=str(beside))
+    return text.class_prototypes(options, index.classes, width, recipe.seed)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def micro_batch(recipe: Recipe, world: int) -> int:
+    try:
+        return data.micro_batch(recipe, world)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def weighted(losses: Mapping[str, Tensor], recipe: Recipe, progress: float) -> Tensor:
+    """The sum of all losses, each times its objective's weight at this point of the run."""
+    total = torch.zeros((), device=next(iter(losses.values())).device)
+    for name, loss in losses.items():
+        options = recipe.objectives[name.split("/")[0]]
+        total = total + options.weight * ramp(options.ramp, progress) * loss
+    return total
+
+
+def resting(learner: Student, recipe: Recipe, progress: float) -> list[torch.nn.Parameter]:
+    """Parameters that do not move yet: last layers, text prototypes, and the backbone while heads warm up."""
+    frozen = [p for objective in learner.each().values() for p in objective.frozen(progress)]
+    if progress < recipe.optim.heads_first:
+        frozen += learner.backbone.parameters()
+    return frozen

@@ -1,0 +1,118 @@
+"""What a run is made of: the recipe tree, and where recipes are found."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hybridssl.backbone import BackboneOptions
+from hybridssl.errors import UserError
+from hybridssl.objectives import ObjectiveOptions, options_types
+from hybridssl.optim import OptimOptions
+from hybridssl.recipe import parse_overrides, read_yaml, resolve
+from hybridssl.text import TextOptions
+from hybridssl.views import ViewOptions
+from shards.stream import StreamOptions
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    train: str = ""  # folder with index.json, from `python -m shards build`
+    splits: tuple[str, ...] = ("train", "")  # "": rows without a split
+    workers: int = 4  # loader processes per GPU
+    probe: str = ""  # folder of the held-out index for the in-loop probe; "": the train/val splits of data.train
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    size: int = 256  # images a step, over all processes and micro-batches; what the method sees
+    micro: int = 0  # images a forward pass and process; 0: size / processes. Memory only: results do not change
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    momentum: tuple[float, float] = (0.992, 1.0)  # of the moving average, cosine from first to second
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    every: int = 10  # steps between lines of metrics.jsonl
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()  # through accelerate
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    every: int = 1000  # steps between checkpoints
+    keep: int = 2  # newest checkpoints to keep
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    every: int = 1000  # steps between probes; 0: none
+    images: int = 2000  # at most so many of each split
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a run. `key=value` on the command line beats the YAML file, which beats these defaults."""
+
+    name: str = ""
+    out: str = ""  # run folder
+    seed: int = 0  # every random draw follows from it
+    steps: int = 100_000
+    precision: Literal["no", "bf16"] = "bf16"
+    data: DataOptions = field(default_factory=DataOptions)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    views: ViewOptions = field(default_factory=ViewOptions)
+    backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    text: TextOptions = field(default_factory=TextOptions)
+    objectives: dict[str, ObjectiveOptions] = field(default_factory=dict, metadata={"types": options_types})
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+    save: SaveOptions = field(default_factory=SaveOptions)
+    probe: ProbeOptions = field(default_factory=ProbeOptions)
+
+
+# A resumed run may change these; any other difference would make it another run.
+MAY_CHANGE = ("name", "out", "log", "save", "probe", "data.workers", "batch.micro")
+
+
+def load(arguments: Sequence[str]) -> Recipe:
+    """The recipe of a command line: `recipe=NAME_OR_PATH` and any `key=value`. Raises UserError."""
+    overrides = parse_overrides(arguments)
+    chosen = str(overrides.pop("recipe", ""))
+    if not chosen:
+        raise UserError(f"name a recipe: recipe=NAME or recipe=FILE.yaml. There are: {', '.join(names())}")
+    path = find(chosen)
+    recipe = resolve(Recipe, [{"name": path.stem}, read_yaml(path), overrides])
+    if not recipe.data.train:
+        raise UserError("no data: say data.train=FOLDER (a folder with index.json, from `python -m shards build`)")
+    if not recipe.out:
+        raise UserError(f"no place for the run: say out=runs/{recipe.name}")
+    if not recipe.objectives:
+        raise UserError(f"no objective: the recipe needs at least one of objectives.{{{', '.join(options_types())}}}")
+    return recipe
+
+
+def find(name: str) -> Path:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UserError(f"there is no recipe file {name}")
+        return path
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), 1, 0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"there is no recipe '{name}'{hint} There are: {', '.join(names())}; or give a .yaml file")
+    return RECIPES / f"{name}.yaml"
+
+
+def names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))

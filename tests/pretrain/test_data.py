@@ -1,0 +1,83 @@
+"""The batches of a run are the same for any number of workers and processes."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from hybridssl.types import Batch
+from pretrain import data
+from pretrain.recipe import load
+from shards.index import Index
+
+
+def batches(tiny: list[str], count: int, *extra: str, start: int = 0, rank: int = 0, world: int = 1) -> list[Batch]:
+    recipe = load([*tiny, "out=x", *extra])
+    index = Index.open(recipe.data.train)
+    return list(islice(data.loader(recipe, index, True, 8, start, rank, world), count))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    names = ("global_", "local", "clean", "clean_of", "colour", "masks", "labels", "source", "labelled")
+    return a.keys == b.keys and all(torch.equal(getattr(a, n), getattr(b, n)) for n in names)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(tiny: list[str], workers: int) -> None:
+    alone = batches(tiny, 20)
+    shared = batches(tiny, 20, f"data.workers={workers}")
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+    assert len({key for batch in alone for key in batch.keys}) > 60
+
+
+def test_two_processes_part_each_batch_between_them(tiny: list[str]) -> None:
+    whole = batches(tiny, 6)
+    parts = [batches(tiny, 6, rank=rank, world=2) for rank in (0, 1)]
+    for one, left, right in zip(whole, *parts, strict=True):
+        assert one.keys == left.keys + right.keys
+        assert torch.equal(one.global_, torch.cat([left.global_, right.global_], 1))
+
+
+def test_a_start_position_goes_on_where_the_other_stopped(tiny: list[str]) -> None:
+    assert all(same(a, b) for a, b in zip(batches(tiny, 6)[4:], batches(tiny, 2, start=32), strict=True))
+
+
+def test_crops_differ_between_epochs_and_seeds(tiny: list[str]) -> None:
+    plain = "stream.labelled_fraction=0"
+    recipe = load([*tiny, "out=x", plain])
+    samples = len(Index.open(recipe.data.train).select(recipe.data.splits))
+    epochs = batches(tiny, -(-2 * samples // 8), plain)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for batch in epochs:
+        for i, key in enumerate(batch.keys):
+            seen.setdefault(key, []).append(batch.global_[:, i])
+    assert all(len(crops) >= 2 for crops in seen.values())
+    assert all(not torch.equal(crops[0], crops[1]) for crops in seen.values())
+    assert batches(tiny, 1, plain)[0].keys != batches(tiny, 1, plain, "seed=1")[0].keys
+
+
+def test_only_labelled_images_carry_a_clean_view(tiny: list[str]) -> None:
+    for batch in batches(tiny, 4):
+        assert batch.clean_of.tolist() == batch.labelled.nonzero().flatten().tolist()
+        assert len(batch.clean) == int(batch.labelled.sum()) >= 2  # a quarter of 8 is drawn from the labelled
+
+
+def test_an_unreadable_image_is_replaced_and_named(tiny: list[str], index: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(index, broken)
+    opened = Index.open(broken)
+    victim = int(opened.select()[3])
+    name, _ = opened.shard_of(victim)
+    offset, size = opened.column("image")[victim]
+    with open(broken / name, "r+b") as file:
+        file.seek(int(offset))
+        file.write(b"\0" * int(size))
+    found = batches([a for a in tiny if not a.startswith("data.train")], 30, f"data.train={broken}")
+    bad = [record for batch in found for record in batch.bad]
+    assert {record["key"] for record in bad} == {opened.key(victim)}
+    assert all(len(batch) == 8 for batch in found)
