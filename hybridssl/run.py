@@ -35,6 +35,7 @@ class RunState:
     recipe: dict[str, Any]  # the resolved recipe
     backbone: dict[str, Any]  # options, channels, image_size, mean, std: enough to rebuild it
     data: dict[str, Any]  # index, index_sha256, splits, samples, sources, classes, synthetic
+    machine: str = ""  # what it runs on, for the report
 
 
 def save(

@@ -15,6 +15,7 @@ from hybridssl.backbone import Backbone
 from hybridssl.types import Batch
 from hybridssl.views import Item, ViewOptions
 from pretrain.recipe import Recipe
+from shards.errors import DataError
 from shards.format import Sample, decode
 from shards.index import Index
 from shards.stream import Order, Positions, SampleDataset
@@ -82,7 +83,7 @@ def _leave_interrupts_to_the_main_process(worker: int) -> None:
 
 
 class EvalImages(Dataset):
-    """uint8 [C, size, size] images in evaluation geometry, with their numbers."""
+    """uint8 [C, size, size] images in evaluation geometry; black where one cannot be read: a probe must not end a run."""
 
     def __init__(self, index: Index, numbers: np.ndarray, size: int) -> None:
         self.index, self.numbers, self.size = index, numbers, size
@@ -91,7 +92,10 @@ class EvalImages(Dataset):
         return len(self.numbers)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        image = decode(self.index.read(int(self.numbers[i])).image, self.size, self.index.channels)
+        try:
+            image = decode(self.index.read(int(self.numbers[i])).image, self.size, self.index.channels)
+        except DataError:
+            return np.zeros((self.index.channels, self.size, self.size), np.uint8)
         return views.resize_for_eval(image, self.size)
 
 

@@ -6,6 +6,7 @@ accelerate launch pretrain recipe=derm-s data.train=data/derm out=runs/derm-s
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -125,7 +126,17 @@ def train(recipe: Recipe) -> int:
             step += 1
 
             stop.share()
-            log.step(step, batches, losses, norm, accepted, schedule, health, watch or stop.asked)
+            log.step(
+                step,
+                batches,
+                losses,
+                weighted(losses, recipe, progress),
+                norm,
+                accepted,
+                schedule,
+                health,
+                watch or stop.asked,
+            )
             if probe and probe.due(step):
                 log.write(step, probe(teacher.backbone))
             if step % recipe.save.every == 0 or step == recipe.steps or stop.asked:
@@ -152,12 +163,17 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
+    precision = recipe.precision
+    if precision == "auto":  # a CPU without bf16 units takes ten times as long in bf16 (docs/log.md)
+        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     accelerator = Accelerator(
-        mixed_precision=recipe.precision,
+        mixed_precision=precision,
         log_with=list(recipe.log.trackers) or None,
         project_dir=recipe.out if recipe.log.trackers else None,
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.device.type == "cpu":  # the launcher allows one thread, for it expects a GPU to do the work
+        torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     # On a CPU plain matmul attention is faster than the fused kernel, whose backward is slow there (docs/log.md).
     timm.layers.set_fused_attn(accelerator.device.type == "cuda")
     return accelerator

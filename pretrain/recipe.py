@@ -65,7 +65,8 @@ class Recipe:
     out: str = ""  # run folder
     seed: int = 0  # every random draw follows from it
     steps: int = 100_000
-    precision: Literal["no", "bf16"] = "bf16"
+    precision: Literal["auto", "bf16", "no"] = "auto"  # auto: bf16 on a GPU that has it, else float32
+    threads: int = 0  # CPU threads of a process, where there is no GPU; 0: the machine's cores, parted evenly
     data: DataOptions = field(default_factory=DataOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
@@ -81,7 +82,7 @@ class Recipe:
 
 
 # A resumed run may change these; any other difference would make it another run.
-MAY_CHANGE = ("name", "out", "log", "save", "probe", "data.workers", "batch.micro")
+MAY_CHANGE = ("name", "out", "threads", "log", "save", "probe", "data.workers", "batch.micro")
 
 
 def load(arguments: Sequence[str]) -> Recipe:

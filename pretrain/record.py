@@ -121,6 +121,7 @@ class Record:
         step: int,
         batches: Sequence[Batch],
         losses: Mapping[str, Tensor],
+        total: Tensor,
         norm: Tensor,
         accepted: bool,
         schedule: Mapping[str, float],
@@ -132,7 +133,8 @@ class Record:
             if batch.bad:
                 self.quarantine.add(batch.bad, seen=step * self.recipe.batch.size)
         if accepted:
-            for name, value in {**{f"loss/{k}": v for k, v in losses.items()}, "grad_norm": norm}.items():
+            values = {f"loss/{name}": loss for name, loss in losses.items()}
+            for name, value in {**values, "loss": total, "grad_norm": norm}.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach()
         self.steps += 1
         self.skipped += not accepted
@@ -209,7 +211,7 @@ class Record:
             "classes": list(index.classes),
             "synthetic": index.synthetic,
         }
-        return run.RunState(step, images, to_dict(recipe), backbone, data)
+        return run.RunState(step, images, to_dict(recipe), backbone, data, _machine(self.accelerator))
 
     def finish(self, step: int) -> int:
         """Last words, the report, and the exit code."""
@@ -219,12 +221,19 @@ class Record:
             self.say(f"stopped at step {step} of {self.recipe.steps}, checkpoint written; the same command goes on")
             return RESUME_LATER
         if self.main:
-            from pretrain import report  # matplotlib and scikit-learn, which training itself does not need
+            from pretrain import report  # scikit-learn, which training itself does not need
 
             page = report.write(self.out)
             print(f"done: {step} steps, {step * self.recipe.batch.size:,} images\nreport: {page}")
             print(f"next: python -m hybridssl export {self.out} --out models/{self.recipe.name}")
         return 0
+
+
+def _machine(accelerator: Accelerator) -> str:
+    """ "2 CPU cores" or "NVIDIA H100 x 4"."""
+    if accelerator.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(accelerator.device)} x {accelerator.num_processes}"
+    return f"{torch.get_num_threads() * accelerator.num_processes} CPU cores"
 
 
 def _cut_metrics(path: Path, step: int) -> float:

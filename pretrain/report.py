@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -17,7 +16,7 @@ from hybridssl import run as runs
 from hybridssl.backbone import BackboneOptions, build
 from hybridssl.charts import line_chart
 from hybridssl.errors import UserError
-from hybridssl.objectives import Objective, options_types
+from hybridssl.objectives import objective_types
 from hybridssl.page import Markup, Page
 from hybridssl.recipe import read_yaml, resolve
 from pretrain import report_images
@@ -214,18 +213,11 @@ def _head(page: Page, m: Material) -> None:
 
 
 def _losses(page: Page, m: Material) -> None:
-    expects = {name: _expects(options) for name, options in options_types().items()}
+    expects = {name: kind.expects for name, kind in objective_types().items()}
     names = sorted({key.removeprefix("loss/") for line in m.lines for key in line if key.startswith("loss/")})
     table = [(name, {"": f"loss/{name}"}, expects.get(name.split("/")[0], "")) for name in names]
     intro = "Each before its weight. Not every loss has to fall: the line below each says what to expect of it."
     _charts(page, m, "Losses", intro, [("Total", {"": "loss"}, "The weighted sum; read its parts."), *table])
-
-
-def _expects(options: type) -> str:
-    """What the objective that these options belong to says about its own curve."""
-    found = vars(sys.modules[options.__module__]).values()
-    mine = [c for c in found if isinstance(c, type) and issubclass(c, Objective) and c.__module__ == options.__module__]
-    return mine[0].expects if mine else ""
 
 
 def _charts(

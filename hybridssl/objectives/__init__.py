@@ -98,6 +98,11 @@ def options_types() -> dict[str, type[ObjectiveOptions]]:
     return {name: _module(name).Options for name in _names()}
 
 
+def objective_types() -> dict[str, type[Objective]]:
+    """The class of every objective, by its name."""
+    return {name: _type(name) for name in _names()}
+
+
 def build(options: Mapping[str, ObjectiveOptions], context: Context) -> nn.ModuleDict:
     """The objectives whose weight is not zero, by name. Raises UserError for a name that has no file here."""
     return nn.ModuleDict({name: _type(name)(o, context) for name, o in options.items() if o.weight != 0})

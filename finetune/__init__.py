@@ -1,0 +1,1 @@
+"""Evaluation: one verb a protocol, one results.json each, intervals over patients."""

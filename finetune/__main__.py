@@ -1,0 +1,68 @@
+"""The door: `python -m finetune VERB`. A verb: one file with add_arguments(parser) and run(args), one line below."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from hybridssl.errors import UserError
+from shards.errors import DataError
+
+VERBS = {
+    "knn": "k nearest neighbours on frozen features; nothing is trained",
+    "probe": "logistic regression and a linear probe on frozen features",
+    "report": "collect results into one table and one HTML page",
+}
+EXAMPLES = """
+examples:
+  python -m finetune knn   --backbone models/derm-s --data data/derm --out results/derm-s
+  python -m finetune probe --backbone models/derm-s --data data/derm --out results/derm-s
+  python -m finetune probe --backbone timm:vit_small_patch14_dinov2 --data data/derm --out results/dinov2-s
+  python -m finetune probe --backbone random:models/derm-s --data data/derm --out results/random     (null baseline)
+  python -m finetune probe --backbone histogram --data data/derm --out results/histogram             (null baseline)
+  python -m finetune report results --out results/report.html
+
+Train labels teach, val labels choose hyper-parameters, test labels are read once. Intervals resample patients or
+lesions (the `group` column), never images. `python -m finetune VERB --help` tells the options of a verb.
+"""
+
+
+def parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The parser, with the options of `verb` only: importing every verb would make --help wait for torch."""
+    main_parser = argparse.ArgumentParser(
+        prog="python -m finetune",
+        description="Evaluate a backbone like a clinic: few labels, whole patients, intervals, and what it cost.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = main_parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        sub = verbs.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if name == verb:
+            module = import_module(f"finetune.{name}")
+            sub.description = module.__doc__
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    return main_parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        args = parser(next((a for a in arguments if not a.startswith("-")), None)).parse_args(arguments)
+        args.run(args)
+        return 0
+    except (UserError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "stopped; features computed for whole passes are kept, results of unfinished protocols are not",
+            file=sys.stderr,
+        )
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

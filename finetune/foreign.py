@@ -1,0 +1,159 @@
+"""Backbones that others made: timm and transformers, each with its own normalisation and image size."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.encoder import Encoder, Pair, from_model
+from hybridssl import hub
+from hybridssl.errors import UserError
+
+
+def create(spec: str, name: str, size: int | None = None, **arguments: Any) -> nn.Module:
+    """timm.create_model, laid out for `size` where the architecture has to know. UserError names `spec`."""
+    import timm
+
+    try:
+        if size:
+            try:
+                return timm.create_model(name, num_classes=0, **{**arguments, "img_size": size})
+            except TypeError:
+                pass  # convolutions know no img_size, and take any
+        return timm.create_model(name, num_classes=0, **arguments)
+    except Exception as error:  # timm, its hub client and torch raise a dozen types for a name, a file or a size
+        raise UserError(f"cannot load {spec}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """The kind of an error and its first line: libraries append pages of advice."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def from_timm(spec: str, fresh: bool, device: str, size: int | None) -> Encoder:
+    import timm
+    from huggingface_hub import try_to_load_from_cache
+    from timm.data.config import resolve_data_config
+    from timm.models import get_pretrained_cfg, is_model_pretrained
+
+    name = spec.removeprefix("timm:")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(pretrained=not fresh), 3, 0.4)
+        raise UserError(f"timm has no '{name}'; near: {', '.join(near) or 'none'}")
+    arguments: dict[str, Any] = {}
+    if not fresh:
+        try:
+            about = get_pretrained_cfg(name) if is_model_pretrained(name) else None
+        except RuntimeError:  # the architecture is there, the tag behind the dot is not
+            about = None
+        if about is None:
+            released = ", ".join(timm.list_models(f"{name.split('.')[0]}.*", pretrained=True)[:6]) or "none"
+            raise UserError(f"timm has no released weights '{name}'; of this architecture it has: {released}")
+        cached = None
+        if about.hf_hub_id:
+            cached = try_to_load_from_cache(about.hf_hub_id, about.hf_hub_filename or "model.safetensors")
+        if isinstance(cached, str) and cached.endswith(".safetensors"):
+            arguments["pretrained_cfg_overlay"] = {"file": cached}  # on this machine already: no request to the hub
+        else:
+            hub.require(spec)
+    model = create(spec, name, size, pretrained=not fresh, **arguments)
+    about = resolve_data_config({}, model=model)
+    return from_model(
+        model,
+        forward_of(model),
+        name=spec,
+        dim=width(model),
+        input_size=size or about["input_size"][-1],
+        mean=about["mean"],
+        std=about["std"],
+        device=device,
+    )
+
+
+def width(model: nn.Module) -> int:
+    return int(getattr(model, "head_hidden_size", None) or model.num_features)  # type: ignore[arg-type]
+
+
+def forward_of(model: Any) -> Callable[[Tensor], Pair]:
+    """cls is the class token after the final norm; a model without one gives what its own head would be fed."""
+    prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
+    has_cls = getattr(model, "cls_token", None) is not None
+
+    def forward(images: Tensor) -> Pair:
+        x = model.forward_features(images)
+        cls = x[:, 0] if has_cls and x.ndim == 3 else model.forward_head(x, pre_logits=True)
+        if x.ndim == 3:
+            return cls, x[:, prefix:]
+        channels_first = x.shape[1] == model.num_features
+        patches = (x.flatten(2).transpose(1, 2) if channels_first else x.flatten(1, 2)) if x.ndim == 4 else None
+        return cls, patches if patches is not None and patches.shape[-1] == cls.shape[-1] else None
+
+    return forward
+
+
+def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> Encoder:
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    name = spec.removeprefix("hf:")
+    local = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not local:
+        hub.require(spec)
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
+    try:
+        about = _hf_geometry(AutoImageProcessor.from_pretrained(name, **options))
+        if fresh:
+            model: Any = AutoModel.from_config(AutoConfig.from_pretrained(name, **options))
+        else:
+            model = AutoModel.from_pretrained(name, use_safetensors=True, **options)
+    except Exception as error:  # configuration, file, network and import errors of transformers
+        raise UserError(f"cannot load {spec}: {reason_of(error)}") from error
+    for tower in ("vision_model", "vision_encoder"):  # CLIP, SigLIP, BLIP, SAM: the image half only
+        model = getattr(model, tower, model)
+    forward = _hf_forward(model, interpolate=size is not None)
+    about |= {"input_size": size} if size else {}
+    blank = torch.zeros(1, 3, about["input_size"], about["input_size"])
+    with torch.inference_mode():
+        dim = forward(blank)[0].shape[-1]
+    return from_model(model, forward, name=spec, dim=dim, device=device, **about)
+
+
+def _hf_geometry(processor: Any) -> dict[str, Any]:
+    """Input size, mean and std of a transformers image processor."""
+    config = getattr(processor, "data_config", None)  # TimmWrapper keeps timm's own words
+    if config:
+        return {"input_size": config["input_size"][-1], "mean": config["mean"], "std": config["std"]}
+    asked = (getattr(processor, "do_center_crop", False) and processor.crop_size) or processor.size
+    sides = [asked] if isinstance(asked, int) else [v for v in dict(asked).values() if v]
+    mean, std = processor.image_mean, processor.image_std
+    if not getattr(processor, "do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return {"input_size": int(min(sides)), "mean": mean, "std": std}
+
+
+def _hf_forward(model: Any, interpolate: bool) -> Callable[[Tensor], Pair]:
+    accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    extra = {"interpolate_pos_encoding": True} if interpolate and accepts else {}
+    towered = type(model).__name__.endswith(("VisionModel", "VisionTransformer", "VisionEncoder"))
+
+    def forward(images: Tensor) -> Pair:
+        out = model(pixel_values=images, **extra)
+        x = out.last_hidden_state
+        if x.ndim == 4:  # [N, D, H, W]
+            patches = x.flatten(2).transpose(1, 2)
+            return patches.mean(1), patches
+        patch = getattr(model.config, "patch_size", None)
+        count = (images.shape[-2] // patch) * (images.shape[-1] // patch) if isinstance(patch, int) else x.shape[1] - 1
+        # The pooler of plain ViTs is often untrained; that of a CLIP-like tower is its trained output.
+        pooled = getattr(out, "pooler_output", None) if towered or count == x.shape[1] else None
+        cls = x[:, 0] if pooled is None and count < x.shape[1] else x.mean(1) if pooled is None else pooled
+        return cls, x[:, x.shape[1] - count :]
+
+    return forward

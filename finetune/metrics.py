@@ -1,0 +1,184 @@
+"""Metrics with intervals. The resampling unit is the group (patient, lesion), never the image.
+
+Every metric takes image weights [R, N], one row a resample (a row of ones is the data as it is), and returns [R], so a
+thousand resamples are a few matrix products. The definitions are scikit-learn's with `sample_weight`, to which the
+tests hold them; a class that a resample (or the test set) does not contain is left out of that resample's mean, and a
+metric that no class allows is NaN there and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % percentile bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+# -- metrics: y int [N] or uint8 [N, K], scores float [N, K], weight [R, N] -> [R] -------------------------------------
+
+
+def accuracy(y: Array, scores: Array, weight: Array) -> Array:
+    return weight @ (scores.argmax(1) == y) / weight.sum(1)
+
+
+def balanced_accuracy(y: Array, scores: Array, weight: Array) -> Array:
+    """Mean recall over the classes that occur."""
+    hit, true, _ = _counts(y, scores, weight)
+    return _mean(_ratio(hit, true))
+
+
+def macro_f1(y: Array, scores: Array, weight: Array) -> Array:
+    """Mean F1 over the classes that occur (one that is predicted but does not occur lowers the others)."""
+    hit, true, said = _counts(y, scores, weight)
+    return _mean(np.where(true > 0, _ratio(2 * hit, true + said), np.nan))
+
+
+def macro_auroc(y: Array, scores: Array, weight: Array) -> Array:
+    """Mean one-against-rest area under the ROC curve over the classes with both sides present; ties count half."""
+    return _mean(_each_class(_auroc, y, scores, weight))
+
+
+def average_precision(y: Array, scores: Array, weight: Array) -> Array:
+    """Mean one-against-rest average precision over the classes that occur."""
+    return _mean(_each_class(_precision, y, scores, weight))
+
+
+Metric = Callable[[Array, Array, Array], Array]
+ONE_OF: dict[str, Metric] = {
+    "balanced_accuracy": balanced_accuracy,
+    "macro_f1": macro_f1,
+    "macro_auroc": macro_auroc,
+    "average_precision": average_precision,
+    "accuracy": accuracy,
+}
+MULTI_LABEL: dict[str, Metric] = {"macro_auroc": macro_auroc, "average_precision": average_precision}
+
+
+def point(name: str, y: Array, scores: Array) -> float:
+    """The metric on the data as they are."""
+    return float(ONE_OF[name](y, scores, np.ones((1, len(y))))[0])
+
+
+# -- resampling -------------------------------------------------------------------------------------------------------
+
+
+def group_weights(groups: Array, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[Array]:
+    """Blocks of [r, N], `resamples` rows in all: how often each image is in each resample, when as many groups as
+    there are get drawn with replacement. In blocks, so that memory does not grow with resamples x images."""
+    _, member = np.unique(groups, return_inverse=True)
+    count, rng = int(member.max()) + 1, np.random.default_rng(seed)
+    block = max(1, 2**24 // len(member))
+    for start in range(0, resamples, block):
+        draws = rng.integers(count, size=(min(block, resamples - start), count))
+        times = np.zeros(draws.shape)
+        np.add.at(times, (np.arange(len(draws))[:, None], draws), 1)
+        yield times[:, member]
+
+
+def bootstrap(
+    y: Array, scores: Array, groups: Array, metrics: dict[str, Metric], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, Interval]:
+    """Every metric with its interval over groups. scores [N, K], or [S, N, K] for S seeds, whose mean is reported."""
+    runs = scores if scores.ndim == 3 else scores[None]
+
+    def mean_over_runs(metric: Metric, weight: Array) -> Array:
+        return np.mean([metric(y, run, weight) for run in runs], axis=0)
+
+    ones, drawn = np.ones((1, len(y))), {name: [] for name in metrics}
+    for weight in group_weights(groups, resamples, seed):
+        for name, metric in metrics.items():
+            drawn[name].append(mean_over_runs(metric, weight))
+    return {n: _interval(mean_over_runs(m, ones)[0], np.concatenate(drawn[n])) for n, m in metrics.items()}
+
+
+def paired_bootstrap(
+    y: Array,
+    a: Array,
+    b: Array,
+    groups: Array,
+    metric: str = "balanced_accuracy",
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """metric(a) - metric(b) on the same images, with the interval over the same resampled groups.
+
+    a, b: scores [N, K], or predicted classes int [N] for the metrics that need no scores.
+    """
+    if a.ndim == 1:
+        classes = int(max(v.max() for v in (y, a, b))) + 1
+        a, b = np.eye(classes)[a], np.eye(classes)[b]
+    chosen = ONE_OF[metric]
+
+    def difference(weight: Array) -> Array:
+        return chosen(y, a, weight) - chosen(y, b, weight)
+
+    drawn = np.concatenate([difference(weight) for weight in group_weights(groups, resamples, seed)])
+    return _interval(difference(np.ones((1, len(y))))[0], drawn)
+
+
+def _interval(value: float, drawn: Array) -> Interval:
+    drawn = drawn[np.isfinite(drawn)]
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    return Interval(float(value), float(low), float(high))
+
+
+# -- arithmetic -------------------------------------------------------------------------------------------------------
+
+
+def _ratio(part: Array, whole: Array) -> Array:
+    return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
+
+
+def _mean(values: Array) -> Array:
+    """[R, K] -> [R], over the entries that are not NaN; NaN where there are none."""
+    there = ~np.isnan(values)
+    return _ratio(np.where(there, values, 0).sum(1), there.sum(1))
+
+
+def _counts(y: Array, scores: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """[R, K] each: weight of right predictions of a class, of its images, of predictions of it."""
+    classes = np.arange(scores.shape[1])
+    true, said = y[:, None] == classes, scores.argmax(1)[:, None] == classes
+    return weight @ (true & said), weight @ true, weight @ said
+
+
+def _each_class(metric: Metric, y: Array, scores: Array, weight: Array) -> Array:
+    """[R, K]: the binary metric of every class against the rest."""
+    positive = y.astype(bool) if y.ndim == 2 else y[:, None] == np.arange(scores.shape[1])
+    return np.stack([metric(positive[:, k], scores[:, k], weight) for k in range(scores.shape[1])], axis=1)
+
+
+def _steps(positive: Array, score: Array, weight: Array) -> tuple[Array, Array]:
+    """Weights of positives and negatives [R, T] at each of the T distinct scores, highest first."""
+    order = np.argsort(-score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) != 0])
+    sorted_weight = weight[:, order]
+    true = positive[order]
+    return tuple(np.add.reduceat(sorted_weight * side, starts, axis=1) for side in (true, ~true))  # type: ignore
+
+
+def _auroc(positive: Array, score: Array, weight: Array) -> Array:
+    up, down = _steps(positive, score, weight)
+    above = np.cumsum(up, axis=1) - up / 2  # positives above each negative, those at the same score by half
+    return _ratio((above * down).sum(1), up.sum(1) * down.sum(1))
+
+
+def _precision(positive: Array, score: Array, weight: Array) -> Array:
+    up, down = _steps(positive, score, weight)
+    precision = np.nan_to_num(_ratio(np.cumsum(up, 1), np.cumsum(up + down, 1)))
+    return _ratio((precision * up).sum(1), up.sum(1))

@@ -1,0 +1,213 @@
+"""Collect results.json files into one table and one self-contained HTML page, each number linked to its file."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import os
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from rich.console import Console
+from rich.table import Table
+
+from finetune.metrics import Interval
+from finetune.results import Result, find
+from hybridssl.charts import intervals
+from hybridssl.errors import UserError
+from hybridssl.page import Markup, Page
+from hybridssl.run import write_text
+
+HEADLINE = "balanced_accuracy"
+ABOUT = {
+    "knn": "k nearest neighbours: what the features put side by side, with nothing trained on them.",
+    "logistic": "Logistic regression on frozen features: how much a simple classifier reads out of them.",
+    "linear": "A linear layer trained by SGD on frozen features, as DINOv2 reports it.",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="folders with results.json in or below them"
+    )
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page; a .csv goes beside it")
+    parser.add_argument("--title", default="Evaluation")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.is_dir() or args.out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {args.out} must be the name of an .html file")
+    found = order(find(args.folders))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    page(found, args.out, args.title).write(args.out)
+    table = args.out.with_suffix(".csv")
+    write_text(table, as_csv(found))
+    terminal = Table("protocol", "labels", "backbone", "balanced accuracy, test")
+    for result in found:
+        terminal.add_row(result.protocol, share(result), label(result), str(result.metrics.get(HEADLINE, "-")))
+    Console().print(terminal)
+    Console().print(f"written: {args.out} and {table}", markup=False, soft_wrap=True)
+
+
+def order(found: list[Result]) -> list[Result]:
+    """By data, protocol and share of labels (all first); the best first inside."""
+
+    def key(result: Result) -> tuple:
+        data, value = result.about["data"], _rank(result.metrics.get(HEADLINE))
+        return data["sha256"], data["source"] or "", result.protocol, -data["labels"], -value
+
+    return sorted(found, key=key)
+
+
+def label(result: Result) -> str:
+    about = result.about["backbone"]
+    leak = " — LEAK" if result.leaks.any else ""
+    return f"{about['name']}{' (baseline)' if about['baseline'] else ''}{leak}"
+
+
+def share(result: Result) -> str:
+    used = result.about["cost"]["labels_used"]["train"]
+    return f"{100 * result.about['data']['labels']:.3g} % ({round(sum(used) / len(used)):,})"
+
+
+def page(found: list[Result], out: Path, title: str) -> Page:
+    """One section a data set: the headline as charts, then a table a protocol."""
+    html = Page(title, "Test figures; 95 % intervals over resampled patients or lesions; all choices were made on val.")
+    _warnings(html, found)
+    for data_set in dict.fromkeys(_data_set(r) for r in found):
+        here = [r for r in found if _data_set(r) == data_set]
+        data = here[0].about["data"]
+        name = data["index"] + (f", source {data['source']}" if data["source"] else "")
+        html.section(name, "Synthetic images." if data["synthetic"] else "")
+        groups = data["groups"]
+        html.facts([(s, f"{count:,} images, {groups[s]:,} groups") for s, count in data["splits"].items()])
+        html.figures([_chart(rows) for rows in _by(here, "labels")])
+        for rows in _by(here):
+            _table(html, rows, out)
+        counts = [[label, *(per.get(s, 0) for s in data["splits"])] for label, per in data["classes"].items()]
+        html.table(["class", *data["splits"]], counts, caption="Labelled images a class")
+    return html
+
+
+def _data_set(result: Result) -> tuple[str, str | None]:
+    return result.about["data"]["sha256"], result.about["data"]["source"]
+
+
+def _by(results: list[Result], *columns: str) -> list[list[Result]]:
+    """Results of one protocol together, and of equal `columns` of their data."""
+    parts: dict[tuple, list[Result]] = {}
+    for result in results:
+        parts.setdefault((result.protocol, *(result.about["data"][c] for c in columns)), []).append(result)
+    return list(parts.values())
+
+
+def _chart(rows: list[Result]) -> tuple[Markup, str]:
+    bars = [(label(r), m.value, m.low, m.high) for r in rows if (m := r.metrics.get(HEADLINE))]
+    title = f"{rows[0].protocol}, {100 * rows[0].about['data']['labels']:.3g} % of the train labels"
+    return intervals(bars, title), HEADLINE.replace("_", " ")
+
+
+def _warnings(html: Page, found: list[Result]) -> None:
+    leaks = [(r.about["backbone"]["name"], r.protocol, what) for r in found for what in r.leaks.sentences()]
+    for name, protocol, what in dict.fromkeys(leaks):
+        html.note(f"Leak, allowed by hand: {name} ({protocol}): {what}", "bad")
+    notes: dict[str, list[str]] = {}
+    for result in found:
+        for note in result.about.get("notes", []):
+            notes.setdefault(note, []).append(f"{result.about['backbone']['name']} ({result.protocol})")
+    for note, where in notes.items():
+        html.note(f"{note[0].upper()}{note[1:]}. Holds for {', '.join(dict.fromkeys(where))}.", "warn")
+    if found and not any(result.about["backbone"]["baseline"] for result in found):
+        html.note(
+            "No null baseline here. Add `--backbone random:SPEC` and `--backbone histogram` to see the floor.", "warn"
+        )
+
+
+def _table(html: Page, rows: list[Result], out: Path) -> None:
+    """All results of one protocol; the best of those with equally many labels in bold."""
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    best: dict[tuple[float, str], float] = {}
+    for row in rows:
+        for name, m in row.metrics.items():
+            at = row.about["data"]["labels"], name
+            best[at] = max(best.get(at, -math.inf), _rank(m))
+    strong = [
+        (r, 2 + c)
+        for r, row in enumerate(rows)
+        for c, name in enumerate(metrics)
+        if name in row.metrics and _rank(row.metrics[name]) == best[row.about["data"]["labels"], name] > -math.inf
+    ]
+    lines = [
+        [
+            label(row),
+            share(row),
+            *(_cell(row, m, out) for m in metrics),
+            chosen(row),
+            round(row.about["cost"]["seconds"]),
+        ]
+        for row in rows
+    ]
+    header = ["backbone", "train labels", *(name.replace("_", " ") for name in metrics), "chosen on val", "seconds"]
+    html.text(f"{rows[0].protocol}: {ABOUT.get(rows[0].protocol, '')}")
+    html.table(header, lines, strong=strong)
+
+
+def _rank(metric: Interval | None) -> float:
+    return -math.inf if metric is None or math.isnan(metric.value) else metric.value
+
+
+def _cell(result: Result, name: str, out: Path) -> Markup | None:
+    metric = result.metrics.get(name)
+    if metric is None or math.isnan(metric.value):
+        return None  # the page shows a dash
+    address = quote(Path(os.path.relpath(result.path, out.parent)).as_posix())  # quoted: no scheme, no markup
+    return Markup(f'<a href="{escape(address)}">{metric.value:.3f}</a> [{metric.low:.3f},&nbsp;{metric.high:.3f}]')
+
+
+def chosen(result: Result) -> str:
+    """The choice of the first seed, in words, and how many seeds there are."""
+    choices = result.about["selected"]["choices"]
+    words = ", ".join(
+        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in choices[0].items()
+        if k not in ("seed", "val", "converged")
+    )
+    return words + (f"; {len(choices)} seeds" if len(choices) > 1 else "")
+
+
+def as_csv(found: list[Result]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [
+            "data",
+            "source",
+            "protocol",
+            "labels",
+            "backbone",
+            "baseline",
+            "leak",
+            "metric",
+            "value",
+            "low",
+            "high",
+            "file",
+        ]
+    )
+    for result in found:
+        data, backbone = result.about["data"], result.about["backbone"]
+        lead = [
+            data["index"],
+            data["source"] or "",
+            result.protocol,
+            data["labels"],
+            backbone["name"],
+            backbone["baseline"],
+        ]
+        leak = result.leaks.any
+        for name, m in result.metrics.items():
+            writer.writerow([*lead, leak, name, m.value, m.low, m.high, result.path])
+    return text.getvalue()

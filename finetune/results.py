@@ -1,0 +1,132 @@
+"""results.json, the one form in which every protocol reports, with the predictions beside it for paired tests."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from finetune.metrics import Interval
+from finetune.splits import Leaks
+from hybridssl.errors import UserError
+from hybridssl.run import write_text
+
+FORMAT, VERSION = "hybridssl-results", 1
+NEEDED = ("protocol", "backbone", "data", "metrics", "selected", "seeds", "cost", "leaks")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One results.json. `about` is the whole document."""
+
+    path: Path
+    about: dict[str, Any]
+
+    @property
+    def protocol(self) -> str:
+        return self.about["protocol"]
+
+    @property
+    def metrics(self) -> dict[str, Interval]:
+        return {
+            name: Interval(*(math.nan if row[end] is None else float(row[end]) for end in ("value", "low", "high")))
+            for name, row in self.about["metrics"].items()
+        }
+
+    @property
+    def leaks(self) -> Leaks:
+        return Leaks(**self.about["leaks"])
+
+    def identity(self) -> tuple[Any, ...]:
+        return identity(self.about)
+
+    def predictions(self) -> dict[str, np.ndarray]:
+        """scores [S, N, K], y [N], group [N], number [N] of the test images. UserError when the file is not there."""
+        path = self.path.with_name("predictions.safetensors")
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} cannot be read ({error}): run the evaluation again") from error
+
+
+def identity(about: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes a second result a repetition of the first, which may replace it."""
+    data = about["data"]
+    return about["protocol"], about["backbone"]["sha256"], data["sha256"], data["labels"], data["source"]
+
+
+def check_room(folder: Path, about: dict[str, Any], overwrite: bool) -> None:
+    """UserError before any work when `folder` holds another evaluation's result."""
+    path = folder / "results.json"
+    if not path.exists() or overwrite:
+        return
+    there = read(path)
+    if there.identity() != identity(about):
+        name, labels = there.about["backbone"]["name"], there.about["data"]["labels"]
+        raise UserError(
+            f"{path} holds the result of {name} with {labels:.0%} of the labels: choose another --out, or --overwrite"
+        )
+
+
+def write(folder: Path, about: dict[str, Any], metrics: dict[str, Interval], **predictions: np.ndarray) -> Path:
+    """Write predictions.safetensors, then results.json; each appears whole or not at all. Returns results.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "predictions.safetensors.partial"
+    save_file({name: np.ascontiguousarray(values) for name, values in predictions.items()}, partial)
+    os.replace(partial, folder / "predictions.safetensors")
+    rows = {name: {"value": m.value, "low": m.low, "high": m.high} for name, m in metrics.items()}
+    document = {"format": FORMAT, "version": VERSION, **about, "metrics": rows}
+    path = folder / "results.json"
+    write_text(path, json.dumps(_finite(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return path
+
+
+def read(path: Path) -> Result:
+    """UserError for a file that is missing, broken, foreign or newer."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise UserError(f"{path} is not a result of `python -m finetune`")
+    if about["version"] > VERSION:
+        raise UserError(f"{path} has version {about['version']}, this program reads {VERSION}: update it")
+    lacking = [name for name in NEEDED if name not in about]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}: it was changed by hand; run the evaluation again")
+    result = Result(path, about)
+    try:
+        _ = result.identity(), result.metrics, result.leaks
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not whole ({error!r}): it was changed by hand; run the evaluation again") from error
+    return result
+
+
+def find(folders: Iterable[Path]) -> list[Result]:
+    """Every results.json in and below the folders, in the order of their paths. UserError when a folder has none."""
+    found: dict[Path, Result] = {}
+    for folder in folders:
+        paths = [folder] if folder.is_file() else sorted(folder.rglob("results.json"))
+        if not paths:
+            raise UserError(f"{folder} holds no results.json; `python -m finetune knn` and `probe` write them")
+        found |= {path.resolve(): read(path) for path in paths}
+    return list(found.values())
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity -> null, numpy -> Python: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_finite(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

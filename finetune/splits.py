@@ -1,0 +1,86 @@
+"""Which samples train, choose and judge: fractions of labels by whole groups, a carved val, and the leak guard."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from hybridssl.errors import UserError
+from shards.index import Index
+
+Array = np.ndarray
+
+
+def label_subset(y: Array, groups: Array, fraction: float, seed: int = 0, keep_one: bool = False) -> Array:
+    """bool [N]: whole groups that hold about `fraction` of the images of every class; at least one image a class.
+
+    A pure function of (labels, groups, seed): groups are taken in the order of a hash, rarest class first, so a smaller
+    fraction is (nearly) part of a larger one. keep_one: never take the last group of a class, as a carved val must not.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    order = np.argsort([blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in names.tolist()])
+    table = np.zeros((len(names), int(y.max()) + 1), dtype=np.int64)  # images of each class in each group
+    np.add.at(table, (member, y), 1)
+    total, taken = table.sum(0), np.zeros(len(names), dtype=bool)
+    for c in sorted(np.flatnonzero(total).tolist(), key=lambda c: int(total[c])):
+        target = max(1, round(fraction * int(total[c])))
+        candidates = [g for g in order if table[g, c]]
+        have, free = int(table[taken, c].sum()), sum(not taken[g] for g in candidates)
+        for g in candidates:
+            if have >= target or (keep_one and free <= 1):
+                break
+            if not taken[g]:
+                taken[g], have, free = True, have + int(table[g, c]), free - 1
+    return taken[member]
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What should be nil. pretraining is None where the backbone did not record what it read."""
+
+    pretraining: int | None  # val and test images that the backbone read in pretraining
+    groups: int  # groups (patients, lesions) in more than one split
+    images: int  # identical image files in more than one split
+    allowed: bool = False
+
+    @property
+    def any(self) -> bool:
+        return bool(self.pretraining or self.groups or self.images)
+
+    def sentences(self) -> list[str]:
+        said = [
+            (self.pretraining, "val or test images were read in the backbone's own pretraining"),
+            (self.groups, "groups (patients, lesions) are in more than one split"),
+            (self.images, "identical images are in more than one split"),
+        ]
+        return [f"{count:,} {what}" for count, what in said if count]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def find_leaks(index: Index, splits: dict[str, Array], pretrained_on: Array | None) -> Leaks:
+    """Count leaks between `splits` (name -> sample numbers) and, by image digest, with the pretraining images."""
+    digest, group = index.column("digest"), index.column("group")
+    judged = np.concatenate([numbers for name, numbers in splits.items() if name != "train"])
+    read = None if pretrained_on is None else int(np.isin(digest[judged], pretrained_on).sum())
+
+    def shared(column: Array) -> int:
+        values = [np.unique(column[numbers]) for numbers in splits.values()]
+        names, counts = np.unique(np.concatenate(values), return_counts=True)
+        return int((counts[names != 0] > 1).sum())
+
+    return Leaks(read, shared(group), shared(digest))
+
+
+def guard(leaks: Leaks, allow: bool) -> Leaks:
+    """UserError with the counts when there is a leak, unless allowed: then the result says so in red."""
+    if leaks.any and not allow:
+        raise UserError(
+            f"{'; '.join(leaks.sentences())}: the figures would be too good. Evaluate on other images, mend the split "
+            "column, or go on with --allow-leak, which marks the result"
+        )
+    return Leaks(leaks.pretraining, leaks.groups, leaks.images, allowed=leaks.any and allow)

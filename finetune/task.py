@@ -1,0 +1,267 @@
+"""What every frozen-feature protocol shares: options, data, splits, leak guard, and the writing of its result.
+
+task = prepare(args, ["knn"])
+for seed in args.seeds:
+    train, val, test = task.split(seed)
+    ... choose on val, then scores [N, K] of task.test ...
+task.finish("knn", scores of every seed, choices, grid)
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from finetune import metrics, results
+from finetune.backbones import load
+from finetune.encoder import Encoder
+from finetune.features import Features, default_cache, extract
+from finetune.splits import Leaks, find_leaks, guard, label_subset
+from hybridssl.errors import UserError
+from shards.index import Index
+
+CARVED = 0.2  # share of the train groups that chooses when there is no val split
+SELECT_BY = "balanced_accuracy"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every protocol."""
+    add = parser.add_argument
+    add(
+        "--backbone",
+        required=True,
+        metavar="SPEC",
+        help="run or exported folder | timm:NAME | hf:ID | random:SPEC | histogram",
+    )
+    add("--data", required=True, type=Path, metavar="DIR", help="index with labelled train and test (and val) splits")
+    add("--out", required=True, type=Path, metavar="DIR", help="where DIR/PROTOCOL/results.json goes")
+    add("--labels", type=float, default=1.0, metavar="F", help="share of the train labels, by whole groups (1.0)")
+    add("--source", help="only images of this source of the index")
+    add(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="draws of labels and of the optimiser; the first is random:SPEC's too (0)",
+    )
+    add("--size", type=int, metavar="PX", help="image size; default: the backbone's own")
+    add("--batch", type=int, default=64, help="images a forward pass (64)")
+    add("--workers", type=int, default=0, help="processes that decode images (0: none beside this one)")
+    add("--device", default="auto", help="auto | cpu | cuda | cuda:1 | mps")
+    add("--cache", type=Path, default=None, metavar="DIR", help="where features are kept (~/.cache/hybridssl/features)")
+    add("--allow-leak", action="store_true", help="go on when evaluation images leak; the report says so in red")
+    add("--overwrite", action="store_true", help="replace another backbone's result in --out")
+
+
+@dataclass
+class Task:
+    args: argparse.Namespace
+    encoder: Encoder
+    index: Index
+    features: Features  # of all labelled samples of the splits below
+    rows: dict[str, np.ndarray]  # split -> rows of `features`; val may be missing
+    y: np.ndarray  # int64: class of each row, in `classes`
+    classes: tuple[str, ...]  # the classes that occur
+    leaks: Leaks
+    prepared: float  # seconds that opening, loading and extracting took
+    since: float  # when the protocol at work began
+
+    @property
+    def test(self) -> np.ndarray:
+        return self.rows["test"]
+
+    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows to train on and to choose on, for one seed: `--labels` of the train split; val, or a part of train."""
+        train = self.rows["train"]
+        group = self.features.group
+        if self.args.labels < 1:
+            train = train[label_subset(self.y[train], group[train], self.args.labels, seed)]
+        if "val" in self.rows:
+            return train, self.rows["val"]
+        carved = label_subset(self.y[train], group[train], CARVED, seed + 1_000_003, keep_one=True)
+        if not carved.any():
+            raise UserError("there is no val split, and train has too few groups to carve one: add a val split")
+        return train[~carved], train[carved]
+
+    def finish(
+        self, protocol: str, scores: list[np.ndarray], choices: list[dict[str, Any]], grid: dict[str, Any]
+    ) -> Path:
+        """scores: per seed [N, K] of the test rows; choices: per seed, what was chosen; grid: among what."""
+        y, group = self.y[self.test], self.features.group[self.test]
+        found = metrics.bootstrap(y, np.stack(scores), group, metrics.ONE_OF)
+        about = self.about(protocol)
+        about["selected"] = {
+            "split": "val" if "val" in self.rows else f"val, carved out of train: {CARVED:.0%} by groups",
+            "by": SELECT_BY,
+            "grid": grid,
+            "choices": [{"seed": seed, **choice} for seed, choice in zip(self.args.seeds, choices, strict=True)],
+        }
+        used = [self.split(seed) for seed in self.args.seeds]
+        labels = {"train": [len(train) for train, _ in used], "val": [len(val) for _, val in used]}
+        about["cost"] = {
+            "seconds": self._seconds(),
+            "labels_used": labels,
+            "peak_memory_mb": _peak_mb(),
+        }
+        about["notes"] = self.notes([train for train, _ in used])
+        number = self.features.numbers[self.test]
+        array = np.stack(scores).astype(np.float32)
+        path = results.write(self.args.out / protocol, about, found, scores=array, y=y, group=group, number=number)
+        show(protocol, about, found, path)
+        return path
+
+    def _seconds(self) -> float:
+        """What one protocol would have cost alone: the preparation and its own time."""
+        now = time.monotonic()
+        own, self.since = now - self.since, now
+        return round(self.prepared + own, 2)
+
+    def about(self, protocol: str) -> dict[str, Any]:
+        encoder, column = self.encoder, self.index.column("group")
+        return {
+            "protocol": protocol,
+            "backbone": {
+                "name": encoder.name,
+                "sha256": encoder.sha256,
+                "baseline": encoder.baseline,
+                "dim": encoder.dim,
+                "input_size": encoder.input_size,
+            },
+            "data": {
+                "index": str(self.args.data),
+                "sha256": self.index.sha256,
+                "synthetic": self.index.synthetic,
+                "source": self.args.source,
+                "labels": self.args.labels,
+                "splits": {name: len(rows) for name, rows in self.rows.items()},
+                "groups": {name: len(np.unique(self.features.group[rows])) for name, rows in self.rows.items()},
+                "group_column": "group" if (column[self.features.numbers] != 0).any() else None,
+                "classes": {
+                    name: {split: int((self.y[rows] == k).sum()) for split, rows in self.rows.items()}
+                    for k, name in enumerate(self.classes)
+                },
+                "bad": self.features.bad,
+            },
+            "seeds": self.args.seeds,
+            "leaks": self.leaks.as_dict(),
+        }
+
+    def notes(self, trained: list[np.ndarray]) -> list[str]:
+        """What a reader of the figures must know, in plain sentences."""
+        said = []
+        untaught = [c for k, c in enumerate(self.classes) if any(k not in self.y[train] for train in trained)]
+        unasked = [c for k, c in enumerate(self.classes) if k not in self.y[self.test]]
+        if untaught:
+            said.append(f"no training label for {', '.join(untaught)}: its test images count as wrong")
+        if unasked:
+            said.append(f"no test image of {', '.join(unasked)}: the means are over the other classes")
+        if (self.index.column("group")[self.features.numbers] == 0).all():
+            said.append("the index has no groups: intervals resample images, too narrow if patients have several")
+        if self.features.bad:
+            said.append(f"{len(self.features.bad):,} images did not decode and are left out")
+        if self.leaks.pretraining is None and not self.encoder.baseline:
+            said.append("the backbone does not record what it was pretrained on: a leak cannot be ruled out")
+        if self.index.synthetic:
+            said.append("synthetic images: these figures say nothing about patients")
+        return said
+
+
+def prepare(args: argparse.Namespace, protocols: list[str]) -> Task:
+    """Open, check, guard, then extract the features of all labelled samples. UserError or DataError before any work."""
+    if not 0 < args.labels <= 1:
+        raise UserError(f"--labels {args.labels} must be above 0 and at most 1 (a share of the train labels)")
+    started = time.monotonic()
+    index = Index.open(args.data)
+    numbers = _labelled(index, args.source)
+    encoder = load(args.backbone, seed=args.seeds[0], device=_device(args.device), size=args.size)
+    leaks = guard(find_leaks(index, numbers, encoder.digests), args.allow_leak)
+    data = {"sha256": index.sha256, "labels": args.labels, "source": args.source}
+    for protocol in protocols:
+        about = {"protocol": protocol, "backbone": {"sha256": encoder.sha256}, "data": data}
+        results.check_room(args.out / protocol, about, args.overwrite)
+    wanted = np.concatenate(list(numbers.values()))
+    features = extract(encoder, index, wanted, args.batch, args.workers, args.cache or default_cache())
+    for entry in features.bad:
+        Console(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}", markup=False)
+    many = np.flatnonzero(features.y.sum(1) > 1)
+    if len(many):
+        raise UserError(
+            f"{len(many):,} images have several labels (first: {index.key(int(features.numbers[many[0]]))}); "
+            f"{', '.join(protocols)} judge sets with one class an image: keep one label each, or choose a --source"
+        )
+    occurring = np.unique(features.label)
+    rows = {name: np.flatnonzero(np.isin(features.numbers, own)) for name, own in numbers.items()}
+    classes = tuple(index.classes[k] for k in occurring)
+    y, now = np.searchsorted(occurring, features.label), time.monotonic()
+    return Task(args, encoder, index, features, rows, y, classes, leaks, now - started, now)
+
+
+def _labelled(index: Index, source: str | None) -> dict[str, np.ndarray]:
+    """split -> numbers of its labelled samples; val is left out when there is none."""
+    label, where = index.column("label"), index.column("source")
+    if source is not None and source not in index.sources:
+        raise UserError(f"{index.root} has no source '{source}'; it has {', '.join(index.sources) or 'none'}")
+    found = {}
+    for split in ("train", "val", "test"):
+        at = index.splits.index(split) if split in index.splits else -1
+        chosen = (index.column("split") == at) & (label >= 0)
+        if source is not None:
+            chosen &= where == index.sources.index(source)
+        if chosen.any():
+            found[split] = np.flatnonzero(chosen).astype(np.int64)
+        elif split != "val":
+            there = int((index.column("split") == at).sum())
+            raise UserError(
+                f"{index.root} has no labelled image in split '{split}' ({there:,} without a label): evaluation needs "
+                "labelled train and test images; build the index from a table with label and split columns"
+            )
+    if len(np.unique(label[found["train"]])) < 2:
+        raise UserError(f"the train labels of {index.root} are all of one class: there is nothing to tell apart")
+    return found
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except Exception as error:  # RuntimeError, AssertionError or AcceleratorError by version and device
+        raise UserError(f"--device {name} cannot be used on this machine; try --device auto") from error
+    return name
+
+
+def _peak_mb() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return round(max(host, device) / 2**20, 1)
+
+
+def show(protocol: str, about: dict[str, Any], found: dict[str, metrics.Interval], path: Path) -> None:
+    """The result as a table on the terminal."""
+    console, data = Console(), about["data"]
+    title = f"{protocol}: {about['backbone']['name']} on {data['index']}, {data['labels']:.0%} of the train labels"
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    table = Table("metric", "test", "95 % over groups")
+    for name, m in found.items():
+        table.add_row(name, f"{m.value:.3f}", f"{m.low:.3f} to {m.high:.3f}")
+    console.print(table)
+    chosen = "; ".join(", ".join(f"{k} {v}" for k, v in choice.items()) for choice in about["selected"]["choices"])
+    console.print(f"chosen on {about['selected']['split']}: {chosen}", markup=False)
+    leaks = Leaks(**about["leaks"])
+    for sentence in leaks.sentences():
+        console.print(f"LEAK: {sentence}", style="bold red", markup=False)
+    for note in about["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"written: {path}", markup=False, soft_wrap=True)

@@ -1,0 +1,256 @@
+"""knn and probe through the door, on the small index, held to scikit-learn and torch on the same features."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from finetune import metrics, probe, results
+from finetune.__main__ import main
+from finetune.backbones import load
+from finetune.features import extract
+from finetune.probe import CS, kinds, linear, logistic, standardise
+
+
+@pytest.fixture
+def evaluate(index, export_folder, tmp_path):
+    """Run a verb; give the result."""
+
+    def run(verb, *options, backbone=export_folder, data=index.root, out=tmp_path / "out", protocol=""):
+        arguments = [verb, "--backbone", str(backbone), "--data", str(data), "--out", str(out), "--device", "cpu"]
+        assert main([*arguments, *map(str, options)]) == 0
+        return results.read(out / (protocol or verb) / "results.json")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def parts(index, export_folder):
+    """{split: (x, y)} of all three splits, straight from the extractor."""
+    encoder, found = load(str(export_folder)), {}
+    for name in ("train", "val", "test"):
+        features = extract(encoder, index, index.select([name]))
+        found[name] = (features.x, features.label)
+    return found
+
+
+def test_knn_agrees_with_scikit_learn(evaluate, parts):
+    result = evaluate("knn", "--k", 3, 9, 15)
+    (train_x, train_y), (val_x, val_y), (test_x, test_y) = (parts[s] for s in ("train", "val", "test"))
+
+    def reference(k):
+        weight = lambda distance: np.exp((1 - distance) / 0.07)  # noqa: E731
+        model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weight)
+        return model.fit(train_x["cls"], train_y)
+
+    on_val = {
+        k: metrics.point("balanced_accuracy", val_y, reference(k).predict_proba(val_x["cls"])) for k in (3, 9, 15)
+    }
+    best = max(on_val, key=lambda k: on_val[k])
+    assert result.about["selected"]["choices"] == [{"seed": 0, "k": best, "val": round(on_val[best], 4)}]
+    expected = reference(best).predict_proba(test_x["cls"])
+    predictions = result.predictions()
+    np.testing.assert_allclose(predictions["scores"][0], expected, atol=1e-4)
+    np.testing.assert_array_equal(predictions["y"], test_y)
+    assert result.metrics["accuracy"].value == pytest.approx((expected.argmax(1) == test_y).mean())
+
+
+def test_result_says_all_that_a_reviewer_asks(evaluate, index, export_folder):
+    result = evaluate("knn")
+    about = result.about
+    assert about["backbone"]["name"] == str(export_folder)
+    assert about["backbone"]["sha256"] == load(str(export_folder)).sha256
+    data = about["data"]
+    assert (data["sha256"], data["group_column"], data["labels"]) == (index.sha256, "group", 1.0)
+    assert data["groups"] == {"train": 42, "val": 24, "test": 30}
+    assert data["splits"] == {name: len(index.select([name])) for name in ("train", "val", "test")}
+    assert about["selected"]["split"] == "val"
+    assert about["cost"]["labels_used"] == {"train": [data["splits"]["train"]], "val": [data["splits"]["val"]]}
+    assert about["cost"]["seconds"] > 0
+    assert about["leaks"] == {"pretraining": None, "groups": 0, "images": 0, "allowed": False}
+    assert any("does not record what it was pretrained on" in note for note in about["notes"])
+    for m in result.metrics.values():
+        assert 0 <= m.low <= m.value <= m.high <= 1
+    predictions = result.predictions()
+    again = metrics.bootstrap(predictions["y"], predictions["scores"], predictions["group"], metrics.ONE_OF)
+    assert again["balanced_accuracy"].low == pytest.approx(result.metrics["balanced_accuracy"].low, abs=1e-6)
+    assert set(predictions["number"]) == set(index.select(["test"]))
+
+
+def test_logistic_agrees_with_a_cold_scikit_learn_pipeline(parts, index):
+    (train_x, train_y), (val_x, val_y), (test_x, _) = (parts[s] for s in ("train", "val", "test"))
+    x = [kinds(part)["cls+patch_mean"] for part in (train_x, val_x, test_x)]
+    assert x[0].shape[1] == 48
+    on_val, ours, choice = logistic(*_interleave(standardise(*x), train_y, val_y), len(index.classes), 0)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=choice["C"], class_weight="balanced", max_iter=5000))
+    model.fit(x[0], train_y)
+    assert choice["C"] in CS
+    assert choice["converged"]
+    np.testing.assert_allclose(ours, model.predict_proba(x[2]), atol=0.02)
+    assert on_val == pytest.approx(metrics.point("balanced_accuracy", val_y, model.predict_proba(x[1])), abs=0.02)
+
+
+def _interleave(x, train_y, val_y):
+    return x[0], train_y, x[1], val_y, x[2]
+
+
+def test_linear_agrees_with_torchs_own_optimiser(parts, index, monkeypatch):
+    (train_x, train_y), (val_x, val_y), (test_x, _) = (parts[s] for s in ("train", "val", "test"))
+    x = standardise(train_x["cls"], val_x["cls"], test_x["cls"])
+    monkeypatch.setattr(probe, "STEPS", (40, 40))
+    monkeypatch.setattr(probe, "BATCH", 16)
+    _, ours, choice = linear(*_interleave(x, train_y, val_y), 3, seed=5)
+    layer = torch.nn.Linear(x[0].shape[1], 3)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=choice["lr"], momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    y, counts = torch.from_numpy(train_y), np.bincount(train_y)
+    weight = torch.tensor(len(train_y) / (3 * counts), dtype=torch.float32)
+    draw = torch.Generator().manual_seed(5)
+    order = torch.cat([torch.randperm(len(y), generator=draw) for _ in range(40 * 16 // len(y) + 1)])
+    for step in range(40):
+        at = order[step * 16 : (step + 1) * 16]
+        losses = torch.nn.functional.cross_entropy(layer(torch.from_numpy(x[0])[at]), y[at], reduction="none")
+        optimizer.zero_grad()
+        (losses * weight[y[at]]).mean().backward()
+        optimizer.step()
+        schedule.step()
+    expected = layer(torch.from_numpy(x[2])).softmax(1).detach().numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+def test_a_class_without_training_labels_gets_no_score(parts):
+    (train_x, train_y), (val_x, val_y), (test_x, _) = (parts[s] for s in ("train", "val", "test"))
+    rows = train_y != 1
+    x = standardise(train_x["cls"][rows], val_x["cls"], test_x["cls"])
+    for method in (logistic, linear):
+        scores = method(*_interleave(x, train_y[rows], val_y), 3, 0)[1]
+        assert (scores[:, 1] == 0).all()
+        np.testing.assert_allclose(scores.sum(1), 1, atol=1e-5)
+
+
+def test_constant_features_are_harmless():
+    x = np.ones((6, 2), dtype=np.float32)
+    x[:, 1] = np.arange(6)
+    train, other = standardise(x, x * 3)
+    assert (train[:, 0] == 0).all()
+    assert (other[:, 0] == 0).all()
+    assert train[:, 1].std() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("verb", "protocols"), [("knn", ["knn"]), ("probe", ["logistic", "linear"])])
+def test_choices_never_see_the_test_labels(evaluate, new_index, table, tmp_path, verb, protocols):
+    """The same images with every test label wrong: same choices, same scores, another figure."""
+    names = sorted({row["label"] for row in table})
+    wrong = [
+        {**row, "label": names[(names.index(row["label"]) + 1) % 3]} if row["split"] == "test" else row for row in table
+    ]
+    poisoned = new_index(wrong)
+    for protocol in protocols:
+        a = evaluate(verb, protocol=protocol, out=tmp_path / "a")
+        b = evaluate(verb, protocol=protocol, out=tmp_path / "b", data=poisoned.root)
+        assert a.about["selected"] == b.about["selected"]
+        np.testing.assert_array_equal(a.predictions()["scores"], b.predictions()["scores"])
+        assert a.metrics["accuracy"].value > b.metrics["accuracy"].value + 0.2
+
+
+def test_the_probe_learns_more_than_chance_and_the_histogram_sees_colours(evaluate, tmp_path):
+    result = evaluate("probe", "--methods", "logistic", backbone="histogram", protocol="logistic")
+    assert result.metrics["balanced_accuracy"].low > 0.5, "three classes of three colours"
+    assert result.about["backbone"]["baseline"]
+
+
+def test_few_labels_by_whole_groups(evaluate, index):
+    result = evaluate("knn", "--labels", 0.3, "--seeds", 0, 1, "--k", 1, 3)
+    used, total = result.about["cost"]["labels_used"]["train"], result.about["data"]["splits"]["train"]
+    assert all(0.3 * total <= n <= 0.3 * total + 9 for n in used)
+    assert result.about["data"]["labels"] == 0.3
+    scores = result.predictions()["scores"]
+    assert scores.shape[0] == 2
+    assert (scores[0] != scores[1]).any(), "the seeds drew different labels"
+    assert [c["seed"] for c in result.about["selected"]["choices"]] == [0, 1]
+
+
+def test_without_val_a_part_of_train_chooses(evaluate, new_index, table):
+    data = new_index([row for row in table if row["split"] != "val"])
+    result = evaluate("knn", "--k", 1, 3, data=data.root)
+    used, total = result.about["cost"]["labels_used"], result.about["data"]["splits"]["train"]
+    assert used["train"][0] + used["val"][0] == total
+    assert 0.15 * total < used["val"][0] < 0.35 * total
+    assert "carved out of train" in result.about["selected"]["split"]
+
+
+def test_unlabelled_images_and_missing_classes(evaluate, new_index, table):
+    changed = []
+    for row in table:
+        blank = row["split"] == "train" and row["group"].endswith(("-1", "-2"))
+        gone = row["split"] == "test" and row["label"] == "red"
+        if not gone:
+            changed.append({**row, "label": "" if blank else row["label"]})
+    result = evaluate("knn", "--k", 3, data=new_index(changed).root)
+    labelled = sum(row["split"] == "train" and row["label"] != "" for row in changed)
+    assert result.about["data"]["splits"]["train"] == labelled
+    assert "no test image of red: the means are over the other classes" in result.about["notes"]
+    assert result.about["data"]["classes"]["red"]["test"] == 0
+    assert 0 <= result.metrics["balanced_accuracy"].value <= 1
+
+
+def test_a_pretraining_image_in_test_stops_the_evaluation(evaluate, index, export_folder, tmp_path, capsys):
+    folder = shutil.copytree(export_folder, tmp_path / "model")
+    read = np.concatenate([index.select(["train"]), index.select(["test"])[:3]])
+    save_file({"digest": np.array(index.column("digest")[read])}, folder / "pretraining.safetensors")
+    arguments = ["knn", "--backbone", str(folder), "--data", str(index.root), "--out", str(tmp_path / "leaky")]
+    assert main(arguments) == 2
+    assert "3 val or test images were read in the backbone's own pretraining" in capsys.readouterr().err
+    assert not (tmp_path / "leaky").exists()
+    result = evaluate("knn", "--allow-leak", backbone=folder)
+    assert result.about["leaks"] == {"pretraining": 3, "groups": 0, "images": 0, "allowed": True}
+    assert "LEAK: 3 val or test images" in capsys.readouterr().out
+    save_file({"digest": np.array(index.column("digest")[index.select(["train"])])}, folder / "pretraining.safetensors")
+    clean = evaluate("knn", backbone=folder, out=tmp_path / "clean")
+    assert clean.about["leaks"]["pretraining"] == 0
+
+
+def test_a_group_in_two_splits_stops_the_evaluation(new_index, table, export_folder, tmp_path, capsys):
+    moved = [{**row, "group": row["group"].replace("test-blue-0", "train-blue-0")} for row in table]
+    data = new_index(moved).root
+    out = tmp_path / "out"
+    assert main(["knn", "--backbone", str(export_folder), "--data", str(data), "--out", str(out)]) == 2
+    assert "1 groups (patients, lesions) are in more than one split" in capsys.readouterr().err
+
+
+def test_another_backbones_result_is_not_overwritten(evaluate, export_folder, index, tmp_path, capsys):
+    evaluate("knn")
+    evaluate("knn")  # the same again: replaced
+    arguments = ["knn", "--backbone", "histogram", "--data", str(index.root), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert f"holds the result of {export_folder}" in capsys.readouterr().err
+    assert evaluate("knn", "--overwrite", backbone="histogram").about["backbone"]["name"] == "histogram"
+
+
+def test_several_labels_an_image_are_refused_by_name(new_index, table, tmp_path, capsys):
+    many = [{**row, "label": "blue|red"} if i == 0 else row for i, row in enumerate(table)]
+    data = new_index(many)
+    if len(data.read(0).labels) == 1 and not any(len(data.read(i).labels) > 1 for i in range(len(data))):
+        pytest.fail("the table's several labels did not arrive; write them as shards.build wants them")
+    assert main(["knn", "--backbone", "histogram", "--data", str(data.root), "--out", str(tmp_path / "o")]) == 2
+    assert "1 images have several labels" in capsys.readouterr().err
+
+
+def test_results_json_holds_no_nan(evaluate):
+    path = evaluate("knn").path
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    json.loads(path.read_text(), parse_constant=refuse)

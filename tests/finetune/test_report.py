@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+
+from finetune import results
+from finetune.__main__ import main
+from finetune.metrics import Interval
+
+HEAD = {"format": "hybridssl-results", "version": 1}
+NASTY = "<script>alert(1)</script>"
+
+
+def document(protocol, name, sha, labels=1.0, baseline=False, leak=0, classes=("mel", "nv")):
+    return {
+        "protocol": protocol,
+        "backbone": {"name": name, "sha256": sha, "baseline": baseline, "dim": 8, "input_size": 32},
+        "data": {
+            "index": "data/derm",
+            "sha256": "d" * 64,
+            "synthetic": False,
+            "source": None,
+            "labels": labels,
+            "splits": {"train": 100, "val": 20, "test": 40},
+            "groups": {"train": 50, "val": 10, "test": 20},
+            "group_column": "group",
+            "classes": {c: {"train": 50, "val": 10, "test": 20} for c in classes},
+            "bad": [],
+        },
+        "selected": {
+            "split": "val",
+            "by": "balanced_accuracy",
+            "grid": {},
+            "choices": [{"seed": 0, "k": 5, "val": 0.4}],
+        },
+        "seeds": [0],
+        "cost": {"seconds": 3.25, "labels_used": {"train": [100], "val": [20]}, "peak_memory_mb": 100.0},
+        "leaks": {"pretraining": leak, "groups": 0, "images": 0, "allowed": bool(leak)},
+        "notes": [],
+    }
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(where, value, *about, **more):
+        found = {
+            "balanced_accuracy": Interval(value, value - 0.05, value + 0.05),
+            "macro_auroc": Interval(0.777, 0.7, 0.8),
+        }
+        return results.write(tmp_path / where, document(*about, **more), found, y=np.zeros(3, dtype=np.int64))
+
+    return make
+
+
+class Page(HTMLParser):
+    """Texts, links and tags of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.tags, self.notes = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        found = dict(attributes)
+        if tag == "a" and not found["href"].startswith("#"):
+            self.links.append(found["href"])
+
+
+def test_the_page_holds_every_number_and_links_it_to_its_file(write, tmp_path):
+    a = write("a/knn", 0.4321, "knn", "models/mine", "1")
+    b = write("b # odd?/knn", 0.2468, "knn", "histogram", "2", baseline=True)
+    c = write("c/logistic", 0.5555, "logistic", "models/mine", "1", labels=0.1)
+    out = tmp_path / "pages" / "report.html"
+    assert main(["report", str(tmp_path), "--out", str(out)]) == 0
+    text = out.read_text()
+    for number in ("0.432", "[0.382, 0.482]", "0.247", "[0.197, 0.297]", "0.555", "0.777", "[0.700, 0.800]"):
+        assert number.replace(", ", ",&nbsp;") in text, number
+    assert "histogram (baseline)" in text
+    linked = {(out.parent / unquote(link)).resolve() for link in Page(text).links}
+    assert linked == {path.resolve() for path in (a, b, c)}
+    assert text.index("0.432") < text.index("0.247"), "the best comes first"
+    assert "No null baseline" not in text
+    with open(out.with_suffix(".csv"), newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6
+    row = next(r for r in lines if (r["backbone"], r["metric"]) == ("histogram", "balanced_accuracy"))
+    assert (float(row["value"]), float(row["low"]), row["baseline"]) == (0.2468, pytest.approx(0.1968), "True")
+
+
+def test_names_are_escaped(write, tmp_path):
+    write("a/knn", 0.4, NASTY[:1] + "b>&", NASTY, "1", classes=(NASTY, "nv"))
+    out = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "a"), "--out", str(out), "--title", NASTY]) == 0
+    text = out.read_text()
+    assert "script" not in Page(text).tags
+    assert text.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3
+    assert "No null baseline here" in text
+
+
+def test_a_leak_is_shown_in_red(write, tmp_path):
+    write("a/knn", 0.9, "knn", "models/mine", "1", leak=7)
+    out = tmp_path / "report.html"
+    main(["report", str(tmp_path / "a"), "--out", str(out)])
+    text = out.read_text()
+    assert re.search(r'class="note bad">[^<]*models/mine \(knn\): 7 val or test images were read', text)
+    assert "models/mine — LEAK" in text
+
+
+def test_values_that_are_not_there_become_dashes_not_nonsense(write, tmp_path):
+    path = write("a/knn", 0.4, "knn", "m", "1")
+    found = {"balanced_accuracy": Interval(float("nan"), float("nan"), float("nan"))}
+    results.write(tmp_path / "b", document("knn", "n", "2"), found, y=np.zeros(2))
+    assert np.isnan(results.read(tmp_path / "b/results.json").metrics["balanced_accuracy"].value)
+    out = tmp_path / "report.html"
+    assert main(["report", str(path.parent), str(tmp_path / "b"), "--out", str(out)]) == 0
+    assert "nan" not in re.sub(r"<style>.*?</style>", "", out.read_text()).lower()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is not a result"),
+        ('{"format": "other"}', "is not a result"),
+        ('{"format": "hybridssl-results", "version": 99}', "update it"),
+        ('{"format": "hybridssl-results", "version": 1, "protocol": "knn"}', "lacks backbone, data"),
+        (json.dumps({**document("knn", "m", "1"), **HEAD, "metrics": {"accuracy": 0.9}}), "is not whole"),
+        (json.dumps({**document("knn", "m", "1"), **HEAD, "metrics": {}, "leaks": {"x": 1}}), "is not whole"),
+    ],
+)
+def test_a_foreign_or_broken_file_is_named(tmp_path, capsys, content, message):
+    (tmp_path / "results.json").write_text(content)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(tmp_path / "results.json") in error
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_predictions_that_are_gone_are_named(write):
+    path = write("a", 0.4, "knn", "m", "1")
+    path.with_name("predictions.safetensors").unlink()
+    with pytest.raises(results.UserError, match=r"predictions\.safetensors cannot be read"):
+        results.read(path).predictions()

@@ -1,0 +1,59 @@
+"""The shape of the project: which package may import which, files small enough to read, no address of any machine."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("shards", "hybridssl", "pretrain", "finetune")
+MAY_IMPORT = {
+    "shards": set(),
+    "hybridssl": set(),
+    "pretrain": {"shards", "hybridssl"},
+    "finetune": {"shards", "hybridssl"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level packages that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        strangers = (imports(path) & set(PACKAGES)) - MAY_IMPORT[package] - {package}
+        assert not strangers, f"{path.relative_to(ROOT)} imports {strangers}"
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "benchmarks"])
+def test_every_file_says_what_it_is_for_and_stays_readable(package: str) -> None:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
+        assert text.count("\n") <= 320, f"{path.relative_to(ROOT)} is long: is there one idea in it?"
+
+
+def test_nothing_here_unpickles() -> None:
+    """torch.load, pickle and trust_remote_code have no place in the packages."""
+    for package in PACKAGES:
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            assert "pickle" not in imports(path), path
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Call):
+                    assert ast.unparse(node.func) not in ("torch.load", "pickle.load", "np.load", "numpy.load"), path
+                    for keyword in node.keywords:
+                        off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                        assert keyword.arg != "trust_remote_code" or off, path
