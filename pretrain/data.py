@@ -83,7 +83,7 @@ def _leave_interrupts_to_the_main_process(worker: int) -> None:
 
 
 class EvalImages(Dataset):
-    """uint8 [C, size, size] images in evaluation geometry; black where one cannot be read: a probe must not end a run."""
+    """uint8 [C, size, size] images in evaluation geometry; black where unreadable: a probe must not end a run."""
 
     def __init__(self, index: Index, numbers: np.ndarray, size: int) -> None:
         self.index, self.numbers, self.size = index, numbers, size
