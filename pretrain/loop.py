@@ -17,6 +17,7 @@ import numpy as np
 import timm.layers
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -163,6 +164,10 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
 
 
 def start_accelerator(recipe: Recipe) -> Accelerator:
+    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    for name in recipe.log.trackers:  # accelerate itself would leave out a missing one without a word
+        if name not in available:
+            raise UserError(f"log.trackers: {name} is not installed; pip install {name}, or leave it out")
     precision = recipe.precision
     if precision == "auto":  # a CPU without bf16 units takes ten times as long in bf16 (docs/log.md)
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"

@@ -108,6 +108,7 @@ def test_a_resumed_run_with_another_recipe_is_refused_with_the_keys(
         ("data.train=nowhere", ["nowhere", "index.json"]),
         ("backbone.weights=nobody/no-model", ["nobody/no-model"]),
         ("views.local_size=20", ["local_size", "8"]),
+        ("log.trackers=[wandb]", ["log.trackers", "wandb", "pip install"]),
         ("batch.micro=3", ["batch.size=8", "3"]),
         ("batch.micro=2", ["batch.micro", "objectives.spread.group"]),
         ("objectives.labels.init=text", ["text", "prototypes"]),
@@ -142,6 +143,15 @@ def test_labels_alone_and_none_at_all(tiny: list[str], tmp_path: Path) -> None:
     none = ["objectives.labels=null", "stream.labelled_fraction=0", f"out={tmp_path / 'none'}"]
     assert main([*tiny, *none]) == 0
     assert "loss/labels" not in losses(tmp_path / "none")[0]
+
+
+def test_metrics_reach_the_trackers_by_one_key(tiny: list[str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main([*tiny, f"out={tmp_path / 'run'}", "log.trackers=[tensorboard]"]) == 0
+    events = EventAccumulator(str(next((tmp_path / "run").rglob("events.out*")).parent)).Reload()
+    told = [event.value for event in events.Scalars("loss/dino")]
+    assert told == pytest.approx([line["loss/dino"] for line in lines(tmp_path / "run")], rel=1e-5)
 
 
 def test_help_names_the_recipes(capsys: pytest.CaptureFixture) -> None:
