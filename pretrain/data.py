@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def micro_batch(recipe: Recipe, world: int) -> int:
 
 def loader(recipe: Recipe, index: Index, clean: bool, patch: int, start: int, rank: int, world: int) -> DataLoader:
     """Endless micro-batches of this rank, from global position `start` on."""
-    order = Order(index, index.select(recipe.data.splits), replace(recipe.stream, seed=recipe.seed))
+    order = Order(index, index.select(recipe.data.splits), recipe.stream, recipe.seed)
     to_item = ToItem(recipe.views, patch, recipe.seed, index.classes, index.sources, clean)
     positions = Positions(recipe.batch.size, start, rank, world, micro_batch(recipe, world))
     return DataLoader(

@@ -37,14 +37,11 @@ Transform = Callable[[Sample, np.ndarray, int, int, int], Any]  # sample, image,
 class StreamOptions:
     """How samples are drawn."""
 
-    seed: int = 0  # of the order
     window: int = 8  # shards whose samples are mixed; more mixes better and touches more files at a time
     labelled_fraction: float = 0.0  # share of every batch drawn from labelled samples, class-balanced; 0: as they come
     max_bad_fraction: float = 0.01  # share of damaged samples at which a run stops
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise DataError(f"seed is {self.seed}; it must be 0 or more")
         if self.window < 1:
             raise DataError(f"window is {self.window}; it counts shards and must be 1 or more")
         for name in ("labelled_fraction", "max_bad_fraction"):
@@ -59,7 +56,7 @@ def permutation(n: int, *seed: int) -> np.ndarray:
 
 
 class Order:
-    """`order(position)` -> (epoch, sample number), a pure function of the index, the selection and the options.
+    """`order(position)` -> (epoch, sample number), a pure function of index, selection, options and seed.
 
     The plain order shuffles the shards each epoch, then the samples inside every `window` shards. With
     `labelled_fraction` f, position p is a labelled slot iff floor((p + 1) f) > floor(p f), so every aligned block of n
@@ -67,8 +64,10 @@ class Order:
     own shuffled epochs. A sample of several labels counts for its first. The other slots run the plain order.
     """
 
-    def __init__(self, index: Index, selected: np.ndarray, options: StreamOptions):
-        self.options = options
+    def __init__(self, index: Index, selected: np.ndarray, options: StreamOptions, seed: int = 0):
+        if seed < 0:
+            raise DataError(f"seed is {seed}; it must be 0 or more")
+        self.options, self.seed = options, seed
         self.selected = np.unique(np.asarray(selected, dtype=np.int64))  # sorted, so also in shard order
         if not len(self.selected):
             raise DataError(f"no sample of {index.root} is selected, so there is nothing to stream")
@@ -128,7 +127,7 @@ class Order:
         if epoch not in self._epochs:
             if len(self._epochs) >= 2:
                 self._epochs.clear()
-            shards = permutation(len(self._spans), self.options.seed, 0, epoch)
+            shards = permutation(len(self._spans), self.seed, 0, epoch)
             counts = np.diff(self._spans[shards], axis=1)[:, 0]
             ends = np.cumsum(np.add.reduceat(counts, np.arange(0, len(counts), self.options.window)))
             self._epochs[epoch] = shards, ends
@@ -141,19 +140,19 @@ class Order:
                 self._windows.clear()
             mine = shards[window * self.options.window : (window + 1) * self.options.window]
             numbers = np.concatenate([self.selected[a:b] for a, b in self._spans[mine]])
-            self._windows[epoch, window] = numbers[permutation(len(numbers), self.options.seed, 1, epoch, window)]
+            self._windows[epoch, window] = numbers[permutation(len(numbers), self.seed, 1, epoch, window)]
         return self._windows[epoch, window]
 
     def _labelled(self, slot: int) -> tuple[int, int]:
         """Slot j of the labelled ones: its class by rounds over the classes, its sample by epochs of that class."""
         count, (seen, place) = len(self._classes), divmod(slot, len(self._classes))
         if self._round[0] != seen:
-            self._round = seen, permutation(count, self.options.seed, 2, seen)
+            self._round = seen, permutation(count, self.seed, 2, seen)
         kind = int(self._round[1][place])
         numbers = self._classes[kind]
         epoch, step = divmod(seen, len(numbers))
         if kind not in self._class_epochs or self._class_epochs[kind][0] != epoch:
-            self._class_epochs[kind] = epoch, numbers[permutation(len(numbers), self.options.seed, 3, kind, epoch)]
+            self._class_epochs[kind] = epoch, numbers[permutation(len(numbers), self.seed, 3, kind, epoch)]
         return LABELLED_EPOCH + epoch, int(self._class_epochs[kind][1][step])
 
     def _forget(self) -> None:

@@ -53,7 +53,7 @@ def identity(batch: list[Any]) -> list[Any]:
 def test_every_sample_once_an_epoch(sizes: list[int], window: int, seed: int, data: st.DataObject) -> None:
     index = make(sizes)
     selected = data.draw(st.sets(st.integers(0, len(index) - 1), min_size=1))
-    order = Order(index, np.array(sorted(selected)), StreamOptions(seed=seed, window=window))
+    order = Order(index, np.array(sorted(selected)), StreamOptions(window=window), seed)
     assert len(order) == len(selected)
     for epoch in (0, 1, 5):
         seen = [order(epoch * len(order) + place) for place in range(len(order))]
@@ -65,7 +65,7 @@ def test_every_sample_once_an_epoch(sizes: list[int], window: int, seed: int, da
 @given(position=st.integers(0, 10**6), share=st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 1.0]))
 def test_any_position_needs_no_other(position: int, share: float) -> None:
     index = make([5, 9, 3, 7], [i % 4 - 1 for i in range(24)])
-    options = StreamOptions(seed=3, window=2, labelled_fraction=share)
+    options = StreamOptions(window=2, labelled_fraction=share)
     walked = Order(index, np.arange(24), options)
     around = [walked(p) for p in range(max(0, position - 40), position + 1)]
     assert Order(index, np.arange(24), options)(position) == around[-1]
@@ -83,7 +83,7 @@ def test_shards_of_a_window_mix_and_others_do_not() -> None:
 
 def test_epochs_and_seeds_differ() -> None:
     def epoch(seed: int, number: int) -> list[int]:
-        order = Order(make([10] * 4), np.arange(40), StreamOptions(seed=seed))
+        order = Order(make([10] * 4), np.arange(40), StreamOptions(), seed)
         return [order(number * 40 + p)[1] for p in range(40)]
 
     orders = [epoch(0, 0), epoch(0, 1), epoch(1, 0)]
@@ -92,9 +92,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_the_order_never_changes() -> None:
     """A run of last year resumes: these numbers may only change with the version of the run format."""
-    order = Order(
-        make([4, 3, 5], [0, 1, -1] * 4), np.arange(12), StreamOptions(seed=7, window=2, labelled_fraction=0.25)
-    )
+    order = Order(make([4, 3, 5], [0, 1, -1] * 4), np.arange(12), StreamOptions(window=2, labelled_fraction=0.25), 7)
     assert [order(p)[1] for p in range(16)] == [6, 5, 8, 3, 11, 10, 9, 4, 4, 7, 2, 7, 3, 1, 0, 0]
 
 
@@ -131,9 +129,11 @@ def test_what_cannot_be_streamed() -> None:
         Order(make([4]), np.arange(4), StreamOptions(labelled_fraction=0.5))
     with pytest.raises(DataError, match="nothing to stream"):
         Order(make([4]), np.array([], int), StreamOptions())
-    for bad in ({"window": 0}, {"labelled_fraction": 1.5}, {"seed": -1}, {"max_bad_fraction": -0.1}):
+    for bad in ({"window": 0}, {"labelled_fraction": 1.5}, {"max_bad_fraction": -0.1}):
         with pytest.raises(DataError, match=next(iter(bad))):
             StreamOptions(**bad)
+    with pytest.raises(DataError, match="seed"):
+        Order(make([4]), np.arange(4), StreamOptions(), seed=-1)
 
 
 def batches(index: Index, workers: int, **where: int) -> Iterator[list[Any]]:

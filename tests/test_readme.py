@@ -1,0 +1,32 @@
+"""What README claims: its figures come from benchmarks/results, its picture and its recipes exist."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from pretrain import recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_interval_comes_from_a_results_file() -> None:
+    written = re.findall(r"[+-]?\d?\.\d{3} \[[^\]]+\]", README)
+    known = set()
+    document = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    for metrics in document["metrics"].values():
+        known |= {"{value:.3f} [{low:.3f}, {high:.3f}]".format(**row) for row in metrics.values()}
+    known |= {"{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) for row in document["differences"].values()}
+    assert len(written) == 10
+    assert set(written) <= known
+
+
+def test_what_it_points_at_is_there() -> None:
+    for path in re.findall(r"\]\(([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+    named = set(re.findall(r"^\| `([a-z-]+)` \|", README, re.MULTILINE))
+    assert named == set(recipe.names())
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"make ([a-z-]+)", README)) <= set(targets)
