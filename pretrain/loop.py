@@ -120,6 +120,7 @@ def train(recipe: Recipe) -> int:
             for parameter in resting(learner, recipe, progress):
                 parameter.grad = None
             norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)
+            assert norm is not None  # only DeepSpeed clips by itself and tells no norm
             if accepted := dist.all_agree(bool(torch.isfinite(norm))):  # the norm holds every loss and every rank
                 optimizer.step()
                 student.update_teacher(teacher, learner, schedule["momentum"])
