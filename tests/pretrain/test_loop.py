@@ -39,6 +39,8 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     teacher = load_file(whole / "checkpoints" / "step-4" / "model.safetensors")
     moved = [k for k in teacher if k.startswith("teacher.") and not torch.equal(teacher[k], teacher["student" + k[7:]])]
     assert len(moved) > 10  # the teacher is an average, not the student
+    earlier = load_file(whole / "checkpoints" / "step-2" / "model.safetensors")
+    assert sum(not torch.equal(teacher[key], earlier[key]) for key in moved) > 10  # and it follows
 
 
 def test_micro_batches_equal_one_batch(whole: Path, tiny: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import torch
+
+from hybridssl.backbone import BackboneOptions, build
+from hybridssl.objectives import Context, options_types
+from hybridssl.objectives import build as build_objectives
+from hybridssl.student import Student, make_teacher, update_teacher
+from hybridssl.types import Views
+
+TINY = BackboneOptions(
+    name="vit_tiny_patch16_224", args={"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}, drop_path=0.5
+)
+SMALL = {"prototypes": 8, "hidden": 16, "bottleneck": 8}
+
+
+def student(*names: str) -> Student:
+    torch.manual_seed(0)
+    options = {n: options_types()[n](**(SMALL if n in ("dino", "ibot") else {})) for n in names}
+    context = Context(dim=32, classes=3, named=torch.ones(1, 3, dtype=torch.bool))
+    return Student(build(TINY, 3, 32), build_objectives(options, context))
+
+
+def views(images: int = 2) -> Views:
+    g = torch.Generator().manual_seed(1)
+    return Views(*(torch.randn(n * images, 3, s, s, generator=g) for n, s in ((2, 32), (3, 16), (1, 32))))
+
+
+def test_the_teacher_is_the_moving_average_of_the_student() -> None:
+    learner = student("dino", "ibot", "labels")
+    teacher = make_teacher(learner)
+    before = {n: p.clone() for n, p in teacher.named_parameters()}
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.add_(torch.randn_like(p))
+    update_teacher(teacher, learner, 0.75)
+    now = dict(learner.named_parameters())
+    for name, p in teacher.named_parameters():
+        assert torch.allclose(p, 0.75 * before[name] + 0.25 * now[name], atol=1e-6), name
+        assert not p.requires_grad
+
+
+def test_the_teacher_drops_no_path_and_hides_with_its_own_token() -> None:
+    learner = student("dino", "ibot")
+    teacher = make_teacher(learner)
+    images, mask = torch.randn(2, 3, 32, 32), torch.ones(2, 16, dtype=torch.bool)
+    assert torch.equal(teacher.backbone(images).cls, teacher.backbone(images).cls)
+    assert not torch.equal(learner.backbone(images).cls, learner.backbone(images).cls)  # drop path .5
+    before = teacher.backbone(images, mask).patches
+    with torch.no_grad():
+        learner.backbone.mask_token.add_(1.0)
+    assert torch.equal(before, teacher.backbone(images, mask).patches)
+
+
+def test_views_that_no_objective_uses_are_not_computed() -> None:
+    masks = torch.zeros(4, 16, dtype=torch.bool)
+    labels_only = student("labels").eval().look(views(), masks)
+    assert (len(labels_only.global_.cls), labels_only.local, len(labels_only.clean.cls)) == (0, None, 2)
+    all_of_them = student("dino", "labels").eval().look(views(), masks)
+    assert (len(all_of_them.global_.cls), len(all_of_them.local.cls), len(all_of_them.clean.cls)) == (4, 6, 2)
+    assert torch.allclose(all_of_them.clean.cls, labels_only.clean.cls, atol=1e-5)  # the same pass, the same numbers
+
+
+def test_the_mask_token_trains_only_where_patches_are_hidden() -> None:
+    assert student("dino", "ibot").backbone.mask_token.requires_grad
+    assert not student("dino", "labels").backbone.mask_token.requires_grad
