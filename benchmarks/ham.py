@@ -118,7 +118,8 @@ def pretrain(out: Path, data: Path, probe: Path, overrides: list[str], threads: 
         return
     command = ["accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
-    command += ["pretrain", "recipe=ham-cpu", f"data.train={data}", f"data.probe={probe}", f"out={out}", f"threads={threads}", *overrides]
+    command += ["pretrain", "recipe=ham-cpu", f"data.train={data}", f"data.probe={probe}", f"out={out}"]
+    command += [f"threads={threads}", *overrides]
     start = time.perf_counter()
     subprocess.run(command, cwd=ROOT, check=True)
     print(f"{out.name}: {(time.perf_counter() - start) / 60:.1f} min")
