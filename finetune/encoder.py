@@ -32,6 +32,7 @@ class Encoder:
     baseline: bool = False  # random weights or a histogram: the floor of every table
     digests: np.ndarray | None = None  # int64: images that its pretraining read; None: not recorded
     device: str = "cpu"
+    model: nn.Module | None = None  # what `tokens` runs; None for the histogram, which has no weights
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -65,6 +66,7 @@ def from_model(model: nn.Module, forward: Callable[[Tensor], Pair], **about: Any
     return Encoder(
         sha256=weights_sha256(model.state_dict()),
         tokens=lambda images: forward(normalise(images, mean, std)),
+        model=model,
         **{**about, "mean": mean, "std": std},
     )
 
