@@ -1,0 +1,52 @@
+"""Meta columns by name: values in the order asked for, special names, and errors that name the near column."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from finetune.columns import meta_column
+from hybridssl.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def wards(new_index, table):
+    """The small index with a ward for every image and an age for every second one."""
+    rows = [{**row, "ward": "ABC"[n % 3], "age": str(30 + n) if n % 2 else ""} for n, row in enumerate(table)]
+    return new_index(rows), {row["path"]: row for row in rows}
+
+
+def test_values_come_in_the_order_asked_for(wards):
+    index, rows = wards
+    numbers = np.random.default_rng(0).permutation(len(index))[:17]
+    mine = [rows[index.read(int(n)).meta["path"]] for n in numbers]
+    for name in ("ward", "age", "label", "group", "split", "source"):
+        found = meta_column(index, numbers, name)
+        assert found.dtype.kind == "U"
+        assert found.tolist() == [row[name] for row in mine], name
+
+
+def test_a_second_column_reads_no_shard_again(wards, monkeypatch):
+    index, _ = wards
+    numbers = np.arange(9)
+    meta_column(index, numbers, "ward")
+    monkeypatch.setattr(index, "read", lambda number: pytest.fail("read again"))
+    assert len(meta_column(index, numbers, "age")) == 9
+    assert (meta_column(index, np.arange(len(index)), "source") == "ward").all(), "mapped: read for no sample"
+
+
+def test_an_unknown_column_names_the_near_one(wards):
+    index, _ = wards
+    with pytest.raises(UserError, match=r"has a column 'wards'; did you mean 'ward'\? It has source, label"):
+        meta_column(index, np.arange(9), "wards")
+    with pytest.raises(UserError, match=r"has a column 'scanner'; it has source, .* age"):
+        meta_column(index, np.arange(9), "scanner")
+
+
+def test_a_sample_without_a_source_is_empty(new_index, table):
+    index = new_index([row if n % 2 else {**row, "source": "", "label": ""} for n, row in enumerate(table)])
+    found = meta_column(index, np.arange(len(index)), "source")
+    known = np.asarray(index.column("source")) >= 0
+    assert set(found[known]) == {"ward"}
+    assert (found[~known] == "").all()
+    assert 0 < known.sum() < len(index)
