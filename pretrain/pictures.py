@@ -1,4 +1,4 @@
-"""Pictures of what a backbone has learnt: a map, neighbours, patch features and attention. Arrays in, arrays out.
+"""What the pictures of a report show: which samples, their features, a map and neighbours. Arrays in, arrays out.
 
 The samples come from a shard index; every choice is a function of the index and a seed, so that the report of a run
 is the same each time and two runs can be compared picture by picture.
@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
-from torch import Tensor
 
 from hybridssl.backbone import Backbone
 from hybridssl.probe import neighbours, unit
@@ -146,71 +143,3 @@ def nearest(features: Array, groups: Array, rows: Array, k: int = 6) -> list[lis
         other = [(int(i), float(c)) for i, c in zip(near, values, strict=True) if i != row]
         found.append([(i, c) for i, c in other if not group or groups[i] != group][:k])
     return found
-
-
-def patch_colours(patches: Tensor) -> Array:
-    """The three main directions of the patch features of all images together as red, green, blue.
-
-    patches: [N, P, D], P a square -> uint8 [N, side, side, 3]. Alike colours are alike features, in every image.
-    """
-    count, positions, dim = patches.shape
-    flat = patches.reshape(-1, dim).double()
-    flat = flat - flat.mean(0)
-    _, _, axes = torch.linalg.svd(flat, full_matrices=False)
-    axes = axes[:3]
-    heaviest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    parts = flat @ (axes * heaviest.sign()).T  # a fixed sign, or the colours would flip from run to run
-    parts = torch.nn.functional.pad(parts, (0, 3 - parts.shape[1]))
-    low, high = (torch.quantile(parts[:: max(1, len(parts) // 100_000)], q, dim=0) for q in (0.02, 0.98))
-    scaled = ((parts - low) / (high - low).clamp(min=1e-12)).clamp(0, 1) * 255
-    side = round(positions**0.5)
-    return scaled.round().byte().reshape(count, side, side, 3).numpy()
-
-
-def cls_attention(lens: Lens, images: Array) -> Array | None:
-    """What the class token of the last block attends to, mean over heads: uint8 [N, C, H, W] -> [N, side, side].
-
-    None for an architecture whose last block has no such attention. timm's plain attention passes the weights through
-    `attn_drop`, whatever norm or rotary embedding came before, so that is where they are caught.
-    """
-    attention: Any = getattr(lens.backbone.model.blocks[-1], "attn", None)  # type: ignore[index]
-    if not hasattr(attention, "attn_drop") or not hasattr(attention, "fused_attn"):
-        return None
-    caught: list[Tensor] = []
-    fused, attention.fused_attn = attention.fused_attn, False
-    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: caught.append(inputs[0].cpu()))
-    try:
-        lens(images)
-    finally:
-        hook.remove()
-        attention.fused_attn = fused
-    weights = torch.cat(caught)[:, :, 0, lens.backbone.prefix :].float().mean(1)  # [N, P]
-    side = round(weights.shape[1] ** 0.5)
-    return weights.reshape(-1, side, side).numpy()
-
-
-def rgb(image: Array) -> Array:
-    """uint8 [C, H, W] -> [H, W, 3]: the first three channels, or the only one three times."""
-    image = image[:3] if len(image) >= 3 else image[:1].repeat(3, axis=0)
-    return np.ascontiguousarray(image.transpose(1, 2, 0))
-
-
-def enlarge(image: Array, size: int) -> Array:
-    """[h, w, 3] -> [size, size, 3] by bilinear interpolation."""
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
-
-
-def glow(image: Array, weights: Array) -> Array:
-    """Attention [h, w] as warm light on the darkened image uint8 [H, W, 3]."""
-    height, width = image.shape[:2]
-    weights = (weights - weights.min()) / max(float(np.ptp(weights)), 1e-12)
-    strength = cv2.resize(weights.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
-    heat = cv2.applyColorMap((strength * 255).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    grey = image.mean(axis=2, keepdims=True).repeat(3, axis=2)
-    return (0.4 * grey + 0.75 * heat).clip(0, 255).astype(np.uint8)
-
-
-def jpeg(image: Array, quality: int = 85) -> bytes:
-    """uint8 [H, W, 3] RGB -> the bytes of a JPEG file."""
-    _, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return data.tobytes()

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from hybridssl.charts import heat_map, legend, palette, scatter
 from hybridssl.page import GREY, Markup, Page, inline
+from hybridssl.pictures import cls_attention, enlarge, glow, jpeg, patch_colours, rgb
 from pretrain import pictures
 from pretrain.pictures import Gallery, Lens
 from shards.errors import DataError
@@ -76,7 +77,7 @@ def _neighbours(page: Page, gallery: Gallery, index: Index) -> None:
     found = pictures.nearest(gallery.features, gallery.groups, rows, NEAR)
     wanted = sorted({*map(int, rows), *(i for near in found for i, _ in near)})
     images, _ = pictures.read(index, gallery.numbers[wanted], 160)
-    thumbs = {i: pictures.jpeg(pictures.rgb(image)) for i, image in zip(wanted, images, strict=True)}
+    thumbs = {i: jpeg(rgb(image)) for i, image in zip(wanted, images, strict=True)}
     names = gallery.classes if any(gallery.classes) else gallery.sources
 
     def cell(i: int, query: int) -> tuple[bytes, Markup]:
@@ -116,14 +117,14 @@ def _purity(gallery: Gallery) -> str:
 def _inside(page: Page, gallery: Gallery, index: Index, lens: Lens, size: int = 224) -> None:
     rows = pictures.spread_over_classes(gallery, SHOWN)
     images, _ = pictures.read(index, gallery.numbers[rows], lens.size)
-    colours = pictures.patch_colours(lens(images).patches)
-    attention = pictures.cls_attention(lens, images)
+    colours = patch_colours(lens(images).patches)
+    attention = cls_attention(lens.backbone.model, len(images), lambda: lens(images))
     strips = []
     for n, image in enumerate(pictures.read(index, gallery.numbers[rows], size)[0]):
-        parts = [pictures.rgb(image), pictures.enlarge(colours[n], size)]
+        parts = [rgb(image), enlarge(colours[n], size)]
         if attention is not None:
-            parts.append(pictures.glow(pictures.rgb(image), attention[n]))
-        strips.append((pictures.jpeg(np.concatenate(parts, axis=1)), gallery.classes[rows[n]] or "unlabelled"))
+            parts.append(glow(rgb(image), attention[n]))
+        strips.append((jpeg(np.concatenate(parts, axis=1)), gallery.classes[rows[n]] or "unlabelled"))
     page.section(
         "Inside the image",
         "Left: the image. Middle: the three main directions of the patch features as red, green and blue; a colour is "

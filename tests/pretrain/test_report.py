@@ -171,30 +171,6 @@ def lens() -> Lens:
     return Lens(backbone, 32, [0.5] * 3, [0.25] * 3)
 
 
-def test_attention_is_the_softmax_of_queries_and_keys(lens: Lens) -> None:
-    images = np.random.default_rng(0).integers(0, 255, (3, 3, 32, 32), dtype=np.uint8)
-    module = lens.backbone.model.blocks[-1].attn  # type: ignore[index]
-    caught = []
-    hook = module.qkv.register_forward_hook(lambda m, i, output: caught.append(output))
-    before = module.fused_attn
-    got = pictures.cls_attention(lens, images)
-    hook.remove()
-    q, k, _ = caught[0].unflatten(2, (3, 2, 16)).permute(2, 0, 3, 1, 4)  # each [N, heads, T, 16]
-    expected = (q @ k.transpose(2, 3) / 4).softmax(-1)[:, :, 0, 3:].mean(1)
-    assert got is not None
-    assert got.shape == (3, 4, 4)
-    np.testing.assert_allclose(got, expected.reshape(3, 4, 4), atol=1e-5)
-    assert module.fused_attn == before
-
-
-def test_patch_colours_give_one_kind_of_patch_one_colour() -> None:
-    kinds = torch.tensor([[0, 0, 1, 1], [1, 0, 2, 2]])
-    colours = pictures.patch_colours(torch.eye(8)[kinds] * 3).reshape(2, 4, 3)
-    for kind in range(3):
-        assert len(np.unique(colours[kinds == kind], axis=0)) == 1
-    assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 3
-
-
 def test_neighbours_are_never_of_the_same_group() -> None:
     features = np.array([[1, 0], [1, 0.01], [1, 0.1], [0, 1]], dtype=np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
