@@ -111,10 +111,15 @@ def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
 
 def decode_mask(data: bytes) -> np.ndarray:
     """Decode a mask to bool [H, W]: True wherever a value is not 0 (so instance numbers count as foreground)."""
+    return mask_values(data) > 0
+
+
+def mask_values(data: bytes) -> np.ndarray:
+    """Decode a mask to its numbers [H, W]: instances or classes, as they were drawn."""
     image = _open(data)
     if image.mode in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"):
         image = image.convert("L")
-    return np.asarray(image) > 0  # modes 1, L, P (palette indices), I and I;16 as they are
+    return np.asarray(image)  # modes 1, L, P (palette indices), I and I;16 as they are
 
 
 def _open(data: bytes) -> Image.Image:
