@@ -107,22 +107,45 @@ def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> 
     if not local:
         hub.require(spec)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
+    absent: set[str] = set()
     try:
         about = _hf_geometry(AutoImageProcessor.from_pretrained(name, **options))
         if fresh:
-            model: Any = AutoModel.from_config(AutoConfig.from_pretrained(name, **options))
-        else:
-            model = AutoModel.from_pretrained(name, use_safetensors=True, **options)
+            model: Any = AutoModel.from_config(AutoConfig.from_pretrained(name, **options), dtype=torch.float32)
+        else:  # float32, because a file in half precision would otherwise run so, and slowly on a CPU
+            model, loaded = AutoModel.from_pretrained(
+                name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+            )
+            absent = set(loaded["missing_keys"])
     except Exception as error:  # configuration, file, network and import errors of transformers
         raise UserError(f"cannot load {spec}: {reason_of(error)}") from error
-    for tower in ("vision_model", "vision_encoder"):  # CLIP, SigLIP, BLIP, SAM: the image half only
-        model = getattr(model, tower, model)
+    model, absent = image_half(model, absent)
+    if absent:
+        raise UserError(
+            f"{spec} lacks {len(absent)} of the {len(model.state_dict())} tensors of a {type(model).__name__}, which "
+            f"would stay random (first: {min(absent)}): is its config.json that of these weights?"
+        )
     forward = _hf_forward(model, interpolate=size is not None)
     about |= {"input_size": size} if size else {}
     blank = torch.zeros(1, 3, about["input_size"], about["input_size"])
-    with torch.inference_mode():
-        dim = forward(blank)[0].shape[-1]
+    try:
+        with torch.inference_mode():
+            dim = forward(blank)[0].shape[-1]
+    except (ValueError, RuntimeError) as error:  # SAM, say, has position embeddings of one size
+        raise UserError(f"{spec} does not run at {about['input_size']} px: {reason_of(error)}") from error
     return from_model(model, forward, name=spec, dim=dim, device=device, **about)
+
+
+def image_half(model: Any, absent: set[str]) -> tuple[Any, set[str]]:
+    """The image tower of CLIP, SigLIP, BLIP and SAM, or the model itself; and which of `absent` belong to it.
+
+    The pooler of a plain ViT does not count: it is often not released, and not used here.
+    """
+    for tower in ("vision_model", "vision_encoder"):
+        if hasattr(model, tower):
+            model = getattr(model, tower)
+            absent = {k.removeprefix(f"{tower}.") for k in absent if k.startswith(f"{tower}.")}
+    return model, {k for k in absent if not k.startswith("pooler.")}
 
 
 def _hf_geometry(processor: Any) -> dict[str, Any]:
@@ -139,21 +162,30 @@ def _hf_geometry(processor: Any) -> dict[str, Any]:
 
 
 def _hf_forward(model: Any, interpolate: bool) -> Callable[[Tensor], Pair]:
-    accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    extra = {"interpolate_pos_encoding": True} if interpolate and accepts else {}
+    """(cls, patches) of a transformers image model. cls is the class token, or the trained pooling of those without."""
+    parameters = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = (
+        {"interpolate_pos_encoding": True} if interpolate and "interpolate_pos_encoding" in parameters else {}
+    )
     towered = type(model).__name__.endswith(("VisionModel", "VisionTransformer", "VisionEncoder"))
+    masked = hasattr(model.config, "mask_ratio") and "noise" in parameters  # MAE hides and shuffles patches, always
+    if masked:
+        model.config.mask_ratio = 0.0
 
     def forward(images: Tensor) -> Pair:
-        out = model(pixel_values=images, **extra)
-        x = out.last_hidden_state
-        if x.ndim == 4:  # [N, D, H, W]
-            patches = x.flatten(2).transpose(1, 2)
-            return patches.mean(1), patches
         patch = getattr(model.config, "patch_size", None)
-        count = (images.shape[-2] // patch) * (images.shape[-1] // patch) if isinstance(patch, int) else x.shape[1] - 1
+        count = (images.shape[-2] // patch) * (images.shape[-1] // patch) if isinstance(patch, int) else None
+        order = {"noise": torch.arange(count, device=images.device).expand(len(images), -1)} if masked else {}
+        out = model(pixel_values=images, **extra, **order)
+        x, pooled = out.last_hidden_state, getattr(out, "pooler_output", None)
+        if x.ndim == 4:  # [N, D, H, W]: convolutions, and SAM, whose neck has no pooling
+            patches = x.flatten(2).transpose(1, 2)
+            return (patches.mean(1) if pooled is None else pooled.flatten(1)), patches
+        if count is None:  # DINOv3's ConvNeXt puts the pooled map before the map
+            count = x.shape[1] - 1
+        if count >= x.shape[1]:  # no class token; Swin and FocalNet have merged patches on the way
+            return (x.mean(1) if pooled is None else pooled), x
         # The pooler of plain ViTs is often untrained; that of a CLIP-like tower is its trained output.
-        pooled = getattr(out, "pooler_output", None) if towered or count == x.shape[1] else None
-        cls = x[:, 0] if pooled is None and count < x.shape[1] else x.mean(1) if pooled is None else pooled
-        return cls, x[:, x.shape[1] - count :]
+        return (pooled if towered and pooled is not None else x[:, 0]), x[:, x.shape[1] - count :]
 
     return forward
