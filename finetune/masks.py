@@ -105,6 +105,12 @@ def dice(counts: Array) -> Array:
     return _share(2 * counts[..., 0], counts.sum(-1) + counts[..., 0])
 
 
+def mean_known(values: Array) -> Array:
+    """[N, K] -> [N]: the mean over what is not NaN; NaN where all is."""
+    there = ~np.isnan(values)
+    return _share(np.where(there, values, 0).sum(1), there.sum(1))
+
+
 def _share(part: Array, whole: Array) -> Array:
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=whole > 0)
 
@@ -141,8 +147,7 @@ class Overlap:
             values = self.share(counts)  # [N, K]
             there = ~np.isnan(values)
             each = _share(weight @ np.where(there, values, 0), weight @ there)
-        there = ~np.isnan(each)
-        return _share(np.where(there, each, 0).sum(1), there.sum(1))
+        return mean_known(each)
 
 
 def mean_iou(counts: Array) -> float:
