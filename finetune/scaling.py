@@ -1,0 +1,216 @@
+"""How many labels does it take? Every method, taught by a growing share of the labels, as curves with bands.
+
+Shares of the train labels (whole patients or lesions) x methods x seeds x backbones. It shows where a probe stops
+gaining, whether adapting the backbone pays and from how many labels on, and whether one backbone needs fewer labels
+than another for the same figure (as in 2508.04441). Name the floor with it: --also random:SPEC histogram.
+
+Every cell (backbone, share, method) is a result of its own under OUT/scaling/cells, which `report` and `compare` read
+like any other. A run that was cut off, or is asked for more shares or methods, computes only the cells it lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from finetune import adapt, adapters, results, scaling_page, study, task
+from finetune.adapters import Change
+from finetune.encoder import Encoder
+from finetune.resample import Draws, holm, resample
+from finetune.results import Result
+from finetune.task import Task
+from hybridssl.errors import UserError
+
+Array = np.ndarray
+SHARES = (0.001, 0.01, 0.1, 1.0)
+METHODS = (*sorted(study.GRIDS), *(f"adapt-{mode}" for mode in adapt.MODES if mode != "partial"))
+USUAL = ("knn", "logistic", "linear", "adapt-full", "adapt-lora")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    task.add_arguments(parser)
+    add = parser.add_argument
+    add("--also", nargs="+", default=[], metavar="SPEC", help="further backbones for the same picture")
+    add("--shares", type=float, nargs="+", default=list(SHARES), metavar="F", help=f"shares of the labels {SHARES}")
+    add("--methods", nargs="+", choices=METHODS, default=list(USUAL), metavar="M", help=f"of {', '.join(METHODS)}")
+    adapt.add_training_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.labels != 1:
+        raise UserError("scaling draws its own shares of the labels: say --shares, not --labels")
+    if not all(0 < share <= 1 for share in args.shares):
+        raise UserError(f"--shares {min(args.shares)} ... {max(args.shares)} must be above 0 and at most 1")
+    settings = {method: settings_of(args, method) for method in args.methods}
+    shares = sorted(set(args.shares))
+    backbones = list(dict.fromkeys([args.backbone, *args.also]))
+    cells, skipped, first = [], [], None
+    for spec in backbones:
+        work = task.prepare(Namespace(**{**vars(args), "backbone": spec}), [] if first else ["scaling"])
+        first = first or work
+        methods, refused = possible(args.methods, work.encoder)
+        skipped += refused
+        wanted = [(share, method) for share in shares for method in methods]
+        known = {at: kept(work, *at, settings[at[1]]) for at in wanted}
+        for n, (share, method) in enumerate(wanted, 1):
+            found = known[share, method]
+            state = "kept" if found else "at work"
+            Console().print(f"{spec}, cell {n} of {len(wanted)}: {method}, {share:.3g} of the labels: {state}")
+            cells.append(found or compute(work, share, method, settings[method], args))
+    assert first is not None
+    write(first, cells, skipped)
+
+
+def settings_of(args: Namespace, method: str) -> dict[str, Any]:
+    """All that a cell depends on beside backbone, data, share and seeds, as JSON gives it back."""
+    mode = method.removeprefix("adapt-")
+    chosen = study.GRIDS[method] if method in study.GRIDS else adapt.plan_of(args, Change(mode)).as_dict()
+    return json.loads(json.dumps(chosen))
+
+
+def possible(methods: Sequence[str], encoder: Encoder) -> tuple[list[str], list[str]]:
+    """The methods that this backbone allows, and a sentence on those that it does not."""
+    adapted = [method for method in methods if method.startswith("adapt-")]
+    if not adapted:
+        return list(methods), []
+    try:
+        adapters.require_trainable(encoder)
+        return list(methods), []
+    except UserError as error:
+        return [m for m in methods if m not in adapted], [f"left out {', '.join(adapted)}: {error}"]
+
+
+def folder_of(work: Task, share: float) -> Path:
+    """Where the cells of a backbone and a share lie. The name is for people, the digest tells backbones apart."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(work.encoder.name).name).strip("-.")
+    return work.args.out / "scaling" / "cells" / f"{name}-{work.encoder.sha256[:8]}" / f"{share:g}"
+
+
+def kept(work: Task, share: float, method: str, settings: dict[str, Any]) -> Result | None:
+    """The cell as an earlier run left it. UserError when it is there with other settings and may not be replaced."""
+    path = folder_of(work, share) / method / "results.json"
+    if not path.is_file():
+        return None
+    found = results.read(path)
+    about = work.about(method)
+    about["data"]["labels"] = share
+    same = (
+        found.identity() == results.identity(about)
+        and found.about["seeds"] == about["seeds"]
+        and found.about.get("task") == about["task"]
+        and found.about["leaks"] == about["leaks"]
+        and found.about.get("detail", {}).get("settings") == settings
+    )
+    if not same and not work.args.overwrite:
+        raise UserError(f"{path} was made with other settings or seeds: choose another --out, or --overwrite")
+    return found if same else None
+
+
+def compute(work: Task, share: float, method: str, settings: dict[str, Any], args: Namespace) -> Result:
+    """One cell: every seed draws its own share of the labels, chooses on val and is judged on test."""
+    own = Namespace(**{**vars(work.args), "labels": share, "out": folder_of(work, share)})
+    cell = replace(work, args=own, since=time.monotonic())
+    scores, val_scores, choices = [], [], []
+    parameters = None
+    for seed in args.seeds:
+        train, val = cell.split(seed)
+        if method in study.GRIDS:
+            x = work.features.x
+            head = study.fit(method, x, work.y, train, val, work.kind, len(work.classes), seed)
+            scores.append(head.predict(study.take(x, work.test)))
+            val_scores.append(head.predict(study.take(x, val)))
+            choices.append({**head.choice, "val": round(head.val, 4)})
+        else:
+            plan = adapt.plan_of(args, Change(method.removeprefix("adapt-")))
+            found = adapt.fit(cell, train, val, plan, seed)
+            scores.append(found.predict(work.test))
+            val_scores.append(found.predict(val))
+            choices.append(found.choice)
+            parameters = found.classifier.counts()
+    detail = {"settings": settings, "parameters": parameters}
+    return results.read(cell.finish(method, scores, choices, settings, val_scores, detail=detail))
+
+
+def write(work: Task, cells: list[Result], skipped: list[str]) -> None:
+    """OUT/scaling/results.json, a row a cell, and the page."""
+    metric, draws = work.kind.select_by, [draws_of(cell, work) for cell in cells]
+    rows = [row_of(cell, drawn, each, work) for cell, (drawn, each) in zip(cells, draws, strict=True)]
+    found, choices, grid = {}, [], {}
+    for cell, row, (drawn, _) in zip(cells, rows, draws, strict=True):
+        found[f"{metric}@{row['share']:g}, {row['method']}, {row['backbone']}"] = drawn.interval
+        choices += [{"cell": row["result"], **choice} for choice in cell.about["selected"]["choices"]]
+        grid[row["method"]] = cell.about["selected"]["grid"]
+    labels = {side: [n for cell in cells for n in cell.about["cost"]["labels_used"][side]] for side in ("train", "val")}
+    notes = [*dict.fromkeys(note for cell in cells for note in cell.about["notes"]), *skipped]
+    if "val" in work.rows and min(labels["train"]) < max(labels["val"]):
+        notes.append(
+            f"val keeps its {max(labels['val']):,} labels at every share, even where {min(labels['train']):,} train: "
+            "choices are better informed there than a clinic with so few labels could make them"
+        )
+    if len(work.args.seeds) == 1:
+        notes.append("one seed: the bands do not hold the luck of which labels are drawn; add --seeds 0 1 2 3 4")
+    arrays = {"drawn": np.stack([drawn.drawn for drawn, _ in draws]), "number": work.features.numbers[work.test]}
+    detail = {"metric": metric, "rows": rows, "paired": paired(rows, [drawn for drawn, _ in draws])}
+    selected = {"grid": grid, "choices": choices}
+    result = study.write(work, "scaling", found, selected, labels, arrays, notes, detail=detail)
+    Console().print(f"page: {scaling_page.page(result)}", markup=False, soft_wrap=True)
+
+
+def draws_of(cell: Result, work: Task) -> tuple[Draws, list[float]]:
+    """The metric that chooses, mean over the seeds, on resampled groups and seeds; and its value of every seed.
+
+    Groups and seeds are drawn independently (the pigeonhole bootstrap of Owen, 0712.1111), with the same random numbers
+    for every cell, so that differences between cells are paired in both.
+    """
+    kept, metric = cell.predictions(), work.kind.metrics[work.kind.select_by]
+    y, runs = kept["y"], kept["scores"].astype(np.float64)
+    statistics = {str(s): (lambda weight, run=run: metric(y, run, weight)) for s, run in enumerate(runs)}
+    found = list(resample(statistics, kept["group"]).values())
+    each = np.stack([draw.drawn for draw in found], axis=1)  # [R, S]
+    picked = np.random.default_rng(0).integers(len(runs), size=each.shape)
+    values = [draw.value for draw in found]
+    return Draws(float(np.mean(values)), np.take_along_axis(each, picked, axis=1).mean(1)), values
+
+
+def row_of(cell: Result, drawn: Draws, each: list[float], work: Task) -> dict[str, Any]:
+    about, used = cell.about, cell.about["cost"]["labels_used"]["train"]
+    return {
+        "backbone": about["backbone"]["name"],
+        "baseline": about["backbone"]["baseline"],
+        "method": cell.protocol,
+        "share": about["data"]["labels"],
+        "labels": round(float(np.mean(used)), 1),
+        **study.as_dict(drawn.interval),
+        "seeds": each,
+        "seconds": about["cost"]["seconds"],
+        "parameters": (about["detail"]["parameters"] or {}).get("trainable"),
+        "result": cell.path.relative_to(work.args.out / "scaling").as_posix(),
+    }
+
+
+def paired(rows: list[dict[str, Any]], draws: list[Draws]) -> list[dict[str, Any]]:
+    """At every share: each method against the first one on the same backbone, and the first backbone against each other
+    by the same method. p is adjusted for the number of all these comparisons (Holm)."""
+    at = {(row["backbone"], row["method"], row["share"]): n for n, row in enumerate(rows)}
+    backbone, method = rows[0]["backbone"], rows[0]["method"]
+    found = []
+    for (name, how, share), n in at.items():
+        others = {(name, method, share)} if how != method else set()
+        others |= {(backbone, how, share)} if name != backbone else set()
+        for other in sorted(others & at.keys()):
+            gap = draws[n] - draws[at[other]]
+            keys = {"share": share, "a": [name, how], "b": list(other[:2])}
+            found.append({**keys, **study.as_dict(gap.interval), "p": gap.p})
+    for entry, p in zip(found, holm([entry["p"] for entry in found]), strict=True):
+        entry["p_holm"] = p
+    return found
