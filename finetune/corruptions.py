@@ -143,10 +143,10 @@ def _deep(image: Array) -> Array:
 
 def _through_jpeg(image: Array, quality: int) -> Array:
     """uint8 [S, S, 1 or 3] -> what a JPEG file of it gives back."""
-    colour = image.shape[2] == 3
     flipped = np.ascontiguousarray(image[..., ::-1])  # OpenCV's files are BGR
     _, data = cv2.imencode(".jpg", flipped, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return _deep(cv2.imdecode(data, cv2.IMREAD_COLOR if colour else cv2.IMREAD_GRAYSCALE))[..., ::-1]
+    back = np.asarray(cv2.imdecode(data, cv2.IMREAD_UNCHANGED))
+    return _deep(back)[..., ::-1]
 
 
 def _darkened(image: Array, layer: Array) -> Array:

@@ -1,0 +1,108 @@
+"""The page of `robust`: what the faults look like, curves over severities, drops as a heat table and with intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from finetune.corruptions import corrupt
+from finetune.judged import cell, warn
+from finetune.metrics import Interval
+from finetune.results import Result
+from hybridssl.charts import intervals, line_chart
+from hybridssl.charts_heat import heat_table
+from hybridssl.page import Page
+from hybridssl.views import resize_for_eval
+from shards.format import decode
+from shards.index import Index
+
+
+def page(result: Result, index: Index, number: int, size: int) -> Path:
+    """Write report.html beside results.json. number: the test image that shows the faults."""
+    about, found, out = result.about, result.metrics, result.path.with_name("report.html")
+    detail = about["detail"]
+    metric, rows = detail["metric"].replace("_", " "), detail["rows"]
+    faults = list(dict.fromkeys(row["corruption"] for row in rows))
+    severities = sorted({row["severity"] for row in rows})
+    at = {(row["corruption"], row["severity"]): row for row in rows}
+    clean = Interval(**detail["clean"])
+    html = Page(
+        f"Worse photographs: {about['backbone']['name']}",
+        f"{metric} on {about['data']['index']}, test; {detail['method']} fitted on clean images.",
+    )
+    warn(html, about)
+    mean = found["mean_drop"]
+    html.facts(
+        [("Clean", str(clean)), ("Mean drop", str(mean)), ("Faults", len(faults)), ("Severities", len(severities))]
+    )
+    html.text(said(metric, found, faults, severities))
+
+    html.section("What the faults look like", "One test image; every image has its own draw.")
+    html.images(
+        [
+            [
+                (_small(image), f"{name} {s}" if s else name)
+                for s, image in _shown(index, number, size, name, severities)
+            ]
+            for name in faults
+        ],
+        header=["clean", *(f"severity {s}" for s in severities)],
+    )
+    html.section("By severity", "0 is the clean image; dashed, the clean figure.")
+    low = min(0.0, *(row["value"]["value"] for row in rows))
+    curves = {n: [(0, clean.value), *((s, at[n, s]["value"]["value"]) for s in severities)] for n in faults}
+    html.figures(
+        [
+            (line_chart({n: c}, n, reference={"clean": clean.value}, y_range=(low, None), x_label="severity"), "")
+            for n, c in curves.items()
+        ]
+    )
+    html.section("What is lost", f"Clean minus corrupted {metric}, on the same images.")
+    drops = np.array([[at[n, s]["drop"]["value"] for s in severities] for n in faults])
+    bars = [(n, *_ends(found[f"drop_{n}"])) for n in faults]
+    html.figures(
+        [
+            (
+                heat_table(drops, faults, list(map(str, severities)), "Drop by severity", 0, max(0.1, drops.max())),
+                "Each number is in the table below, with its interval.",
+            ),
+            (intervals(bars, "Mean drop over severities"), "95 % over resampled groups; 0 is no loss."),
+        ]
+    )
+    links = [
+        [n, *(cell(Interval(**at[n, s]["drop"]), result.path, out, signed=True) for s in severities)] for n in faults
+    ]
+    html.table(["fault", *(f"severity {s}" for s in severities)], links, caption=f"Drop of {metric}")
+    return html.write(out)
+
+
+def said(metric: str, found: dict[str, Interval], faults: list[str], severities: list[int]) -> str:
+    """What was and what was not shown, in a sentence each."""
+    hurt = [n for n in faults if found[f"drop_{n}"].low > 0]
+    spared = [n for n in faults if n not in hurt]
+    parts = [f"Averaged over severities {', '.join(map(str, severities))}:"]
+    parts.append(f"{', '.join(hurt)} lower {metric} (the interval lies above 0)." if hurt else "no fault is shown to.")
+    if spared:
+        parts.append(f"A loss is not shown for {', '.join(spared)}, which does not show that there is none.")
+    parts.append("Not shown: what a head fitted on such images would reach, nor what the faults of a real clinic cost.")
+    return " ".join(parts)
+
+
+def _ends(m: Interval) -> tuple[float, float, float]:
+    return m.value, m.low, m.high
+
+
+def _shown(index: Index, number: int, size: int, name: str, severities: list[int]) -> list[tuple[int, np.ndarray]]:
+    image = resize_for_eval(decode(index.read(number).image, size, index.channels), size)
+    return [(0, image), *((s, corrupt(image, name, s, number)) for s in severities)]
+
+
+def _small(image: np.ndarray) -> bytes:
+    """uint8 [C, S, S] -> a JPEG of at most 128 pixels a side, in quality 95 so that it adds no fault of its own."""
+    shown = image[:3] if len(image) >= 3 else image[:1]
+    pixels = np.ascontiguousarray(shown.transpose(1, 2, 0)[..., ::-1])
+    side = min(128, pixels.shape[0])
+    small = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
