@@ -1,0 +1,276 @@
+"""Which images should be labelled next? Proposes N of the unlabelled ones and writes the table for the annotators.
+
+Looks at the unlabelled images of the train split in the backbone's feature space. Images of patients or lesions that
+are in val or test are never proposed, nor copies of labelled images, and at most one image a patient or lesion is.
+
+  typiclust    the most typical image of each region that has no label yet (the default; best with few labels)
+  coverage     the image farthest from all labels, again and again: finds what is rare, and what is broken
+  uncertainty  where a probe trained on the present labels hesitates (needs labels; best with many)
+  random       what the others have to beat
+
+  python -m finetune select --backbone models/derm-s --data data/derm --count 200 --out results/round-1
+
+writes results/round-1/select/to_label.csv with an empty column `label`, the images beside it in images/, and a page.
+When the column is filled, this makes a labelled index of them:
+
+  python -m shards build --images results/round-1/select/images --table results/round-1/select/to_label.csv \\
+      --out data/derm-round-1
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from finetune import kinds, labelfree, probe, results, strategies
+from finetune.encoder import Encoder
+from finetune.features import Features, groups_of
+from finetune.gallery import thumbnails
+from finetune.metrics import Interval, bootstrap
+from finetune.splits import label_subset
+from finetune.strategies import Pick, Pool
+from finetune.task import CARVED
+from hybridssl.errors import UserError
+from hybridssl.page import Markup, Page, inline
+from hybridssl.probe import neighbours
+from hybridssl.run import write_text
+from shards.index import Index
+
+Array = np.ndarray
+COLUMNS = ("path", "label", "source", "group", "split", "key", "shard", "original", "score", "reason")
+SHOWN = 60
+TYPES = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What there was to choose from, and what was chosen."""
+
+    pool: Features
+    known: Features
+    space: Pool
+    picks: list[Pick]
+    chosen: dict[str, Any]  # the seed, and of `uncertainty` the probe's hyper-parameters
+    judged_on: str  # the images on which those were chosen
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    labelfree.add_arguments(parser, "index with unlabelled images in its train split")
+    parser.add_argument("--count", type=int, required=True, metavar="N", help="how many images to propose")
+    names = [*strategies.FROM_FEATURES, "uncertainty"]
+    parser.add_argument("--strategy", choices=names, default="typiclust", help="see above (typiclust)")
+    parser.add_argument("--per-group", type=int, default=1, metavar="N", help="images a patient or lesion (1); 0: any")
+
+
+def run(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    if args.count < 1 or args.per_group < 0:
+        raise UserError(f"--count {args.count} must be 1 or more, and --per-group {args.per_group} not negative")
+    index, out = Index.open(args.data), args.out / "select"
+    numbers = candidates(index)
+    encoder = labelfree.open_encoder(args)
+    data = {"sha256": index.sha256, "labels": 0.0, "source": None}
+    identity = {"protocol": "select", "backbone": {"sha256": encoder.sha256}, "data": data}
+    results.check_room(out, identity, args.overwrite)
+    keep_work(out / "to_label.csv", args.overwrite)
+    choice = choose(args, encoder, index, *numbers)
+    pool, picks = choice.pool, choice.picks
+    rows = np.array([pick.row for pick in picks])
+    about = labelfree.about("select", encoder, index, {"pool": pool, "labelled": choice.known})
+    about |= {
+        "task": None,
+        "seeds": [args.seed],
+        "selected": {"split": choice.judged_on, "by": args.strategy, "grid": {}, "choices": [choice.chosen]},
+        "cost": labelfree.cost(started, len(choice.known)),
+        "notes": notes(pool),
+        "detail": {"strategy": args.strategy, "count": args.count, "per_group": args.per_group},
+    }
+    write_images(index, pool.numbers[rows], out / "images")
+    write_text(out / "to_label.csv", as_csv(index, pool, picks))
+    figures, scores = nearness(choice.space, rows, args), np.array([pick.score for pick in picks])
+    results.write(out, about, figures, number=pool.numbers[rows], score=scores)
+    page(about, figures, choice).write(out / "report.html")
+    console = Console()
+    console.print(f"{len(picks):,} of {len(pool):,} unlabelled images proposed by {args.strategy}", style="bold")
+    for note in about["notes"]:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"fill the column `label` of {out / 'to_label.csv'}, then:", markup=False, soft_wrap=True)
+    console.print(feed_back(out), markup=False, soft_wrap=True)
+
+
+def choose(args: argparse.Namespace, encoder: Encoder, index: Index, unlabelled: Array, labelled: Array) -> Choice:
+    """Features of both, and the picks of the strategy. UserError when there are fewer images than asked for."""
+    wanted, doubting = labelled, args.strategy == "uncertainty"
+    if doubting:
+        val = labelfree.in_splits(index, ("val",))
+        wanted = np.concatenate([labelled, val[index.column("label")[val] >= 0]])
+    features = labelfree.features_of(args, encoder, index, np.concatenate([unlabelled, wanted]))
+    pool, known, taught = (features.take(np.isin(features.numbers, part)) for part in (unlabelled, labelled, wanted))
+    space = strategies.pool_of(pool.x["cls"], pool.group, known.x["cls"], known.group, args.per_group)
+    member, left = space.room()
+    room = int(np.minimum(np.bincount(member), left).sum())
+    if room < args.count:
+        limit = f" with {args.per_group} a patient or lesion" if args.per_group else ""
+        raise UserError(f"{args.data} has {room:,} unlabelled images to propose{limit}, not --count {args.count:,}")
+    if doubting:
+        picks, chosen = doubtful(taught, pool, space, args)
+        return Choice(pool, known, space, picks, chosen, "val, or a part of train where there is no val")
+    picks = strategies.FROM_FEATURES[args.strategy](space, args.count, args.seed)
+    return Choice(pool, known, space, picks, {"seed": args.seed}, "none: nothing is chosen")
+
+
+def candidates(index: Index) -> tuple[Array, Array]:
+    """Numbers of what may be proposed, and of what has a label in train. UserError when there is nothing to propose."""
+    train = labelfree.in_splits(index, ("train", ""))
+    held = labelfree.in_splits(index, ("val", "test"))
+    label, digest = index.column("label"), index.column("digest")
+    unlabelled, labelled = train[label[train] < 0], train[label[train] >= 0]
+    if not len(unlabelled):
+        raise UserError(f"{index.root} has no unlabelled image in its train split: there is nothing to propose")
+    allowed = ~np.isin(groups_of(index, unlabelled), groups_of(index, held))
+    allowed &= ~np.isin(digest[unlabelled], digest[np.concatenate([held, labelled])])
+    unlabelled = unlabelled[allowed]
+    unlabelled = np.sort(unlabelled[np.unique(digest[unlabelled], return_index=True)[1]])  # one of identical files
+    if not len(unlabelled):
+        raise UserError(f"all unlabelled images of {index.root} are of patients in val or test, or copies of others")
+    return unlabelled, labelled
+
+
+def doubtful(labelled: Features, pool: Features, space: Pool, args: argparse.Namespace) -> tuple[list[Pick], dict]:
+    """The uncertainty strategy: fit the probe on the labels there are, its C chosen on val or on a part of train."""
+    occurring = np.flatnonzero(labelled.y.any(0))
+    if len(occurring) < 2:
+        raise UserError(f"{args.data} has labels of {len(occurring)} classes: start with --strategy typiclust")
+    classes = [labelled.classes[k] for k in occurring]
+    several = bool((labelled.y.sum(1) > 1).any())
+    kind = kinds.choose("multi-label" if several else "one-of", classes)
+    y = labelled.y[:, occurring] if several else np.searchsorted(occurring, labelled.label)
+    splits = np.array(labelled.index.splits)[labelled.index.column("split")[labelled.numbers]]
+    val = splits == "val"
+    if not val.any():
+        strata = labelled.y[:, occurring].argmax(1)
+        val = label_subset(strata, labelled.group, CARVED, args.seed, keep_one=True)
+    if not val.any() or val.all():
+        raise UserError(f"{args.data} has too few labels to fit and judge a probe: start with --strategy typiclust")
+    rows = np.flatnonzero(~val), np.flatnonzero(val)
+    head = probe.fit(labelled.x, y, *rows, kind, len(classes), args.seed)
+    picks = strategies.uncertainty(space, args.count, head.predict(pool.x), classes, several)
+    return picks, {"seed": args.seed, **head.choice, "val": round(head.val, 4)}
+
+
+def nearness(space: Pool, rows: Array, args: argparse.Namespace) -> dict[str, Interval]:
+    """Mean distance of an unlabelled image to the nearest that is labelled or chosen; the same for a random choice."""
+
+    def mean(chosen: Array) -> Interval:
+        near = 1 - neighbours(np.concatenate([space.known, space.x[chosen]]), space.x, 1)[0][:, 0]
+        average = {"mean": lambda y, scores, weight: weight @ near / weight.sum(1)}
+        return bootstrap(near, near[:, None], space.group, average)["mean"]
+
+    drawn = np.array([pick.row for pick in strategies.random(space, args.count, args.seed + 1)])
+    return {"nearest_distance": mean(rows), "nearest_distance_random": mean(drawn)}
+
+
+def notes(pool: Features) -> list[str]:
+    said, index = [], pool.index
+    if not (index.column("group")[pool.numbers] != 0).any():
+        said.append("the index has no groups: several of the proposed images may be of one patient")
+    if index.synthetic:
+        said.append("synthetic images: these figures say nothing about patients")
+    return said
+
+
+def keep_work(table: Path, overwrite: bool) -> None:
+    """UserError when annotators have begun to fill the table that would be written over."""
+    if overwrite or not table.exists():
+        return
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        filled = sum(bool((row.get("label") or "").strip()) for row in csv.DictReader(file))
+    if filled:
+        raise UserError(f"{table} has {filled:,} labels filled in: choose another --out, or --overwrite")
+
+
+def as_csv(index: Index, pool: Features, picks: list[Pick]) -> str:
+    """A table as `python -m shards build` reads it; columns that it does not know become meta of the samples."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for pick in picks:
+        number = int(pool.numbers[pick.row])
+        sample = index.read(number)
+        place = [sample.key, index.shard_of(number)[0], sample.meta.get("path", ""), f"{pick.score:.4f}", pick.reason]
+        writer.writerow([file_name(sample.key, sample.image), "", sample.source, sample.group, "train", *place])
+    return text.getvalue()
+
+
+def file_name(key: str, image: bytes) -> str:
+    return key + next((suffix for magic, suffix in TYPES.items() if image.startswith(magic)), ".img")
+
+
+def write_images(index: Index, numbers: Array, folder: Path) -> None:
+    """The bytes of the images as they lie in the shards; what an earlier choice left there goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for number in numbers.tolist():
+        sample = index.read(number)
+        (folder / file_name(sample.key, sample.image)).write_bytes(sample.image)
+
+
+def feed_back(out: Path) -> str:
+    return f"python -m shards build --images {out / 'images'} --table {out / 'to_label.csv'} --out NEW_INDEX"
+
+
+def page(about: dict[str, Any], metrics: dict[str, Interval], choice: Choice) -> Page:
+    strategy, data, picks = about["detail"]["strategy"], about["data"], choice.picks
+    html = Page("What to label next", f"{len(picks):,} images of {data['index']}, chosen by {strategy}")
+    for note in about["notes"]:
+        html.note(f"{note[0].upper()}{note[1:]}.", "warn")
+    html.facts(
+        [
+            ("Unlabelled images to choose from", len(choice.pool)),
+            ("Labelled in train already", len(choice.known)),
+            ("Proposed", len(picks)),
+        ]
+    )
+    html.section("How to go on")
+    html.text(
+        "Fill the column `label` of to_label.csv (several labels: a|b; leave it empty where nobody can say), with the "
+        f"images in images/. Then: {feed_back(Path('.'))}. Or copy the labels into the table from which "
+        f"{data['index']} was built, where `original` is the path of the image, and build that again."
+    )
+    html.section(
+        "The proposed images", "In the order in which they were chosen: should time run out, label from the top."
+    )
+    shown = picks[:SHOWN]
+    images = thumbnails(choice.pool.index, choice.pool.numbers[[pick.row for pick in shown]])
+    cells = [
+        (image, Markup(f"<b>{n}</b> {inline(p.reason)}"))
+        for n, (image, p) in enumerate(zip(images, shown, strict=True), 1)
+    ]
+    html.images([cells[at : at + 6] for at in range(0, len(cells), 6)], cell=140)
+    if len(picks) > SHOWN:
+        html.text(f"The other {len(picks) - SHOWN:,} are in the table.")
+    html.section("What this shows, and what not")
+    ours, theirs = (metrics[name] for name in ("nearest_distance", "nearest_distance_random"))
+    html.text(
+        Markup(
+            "Mean distance (1 - cosine) of an unlabelled image to the nearest one that has or will have a label: "
+            f'<a href="results.json">{inline(str(ours))}</a>; with a random choice of as many '
+            f'<a href="results.json">{inline(str(theirs))}</a>.'
+        )
+    )
+    html.text(
+        "That says how the choice lies in feature space, not that a classifier will be better for it: only a "
+        "comparison on labelled data does (python -m benchmarks.selection runs one). A choice that is not random is no "
+        "sample of the patients: never estimate how frequent a disease is, or how good a classifier "
+        "is, from these labels."
+    )
+    return html
