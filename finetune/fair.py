@@ -1,0 +1,180 @@
+"""Is the model as good for every kind of patient? Judges results that exist, by any column of the table.
+
+  python -m finetune fair results/derm-s/knn --by sex
+  python -m finetune fair results/derm-s/logistic --by age --bins 0 30 60 200 --positive mel bcc
+  python -m finetune fair results/derm-s --by fitspatrick --merge I-II=1,2 III-VI=3,4,5,6
+
+Every metric of the result within each subgroup of the test images, the worst subgroup, the gap between best and worst,
+and each subgroup against all others, with 95 % intervals over the same resampled patients or lesions. With --positive
+also the gaps in sensitivity and specificity, whose larger one is the equalised-odds gap (Hardt et al. 2016). A subgroup
+with few images, or without an image of a class that the metric averages over, is listed and not ranked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from finetune import judged, results, subgroups
+from finetune.fairness import ALPHA, Fairness, judge
+from finetune.judged import Judged, cell
+from finetune.kinds import Kind, choose
+from finetune.metrics import Interval
+from hybridssl.charts import intervals
+from hybridssl.errors import UserError
+from hybridssl.page import Page
+
+LEAST = 30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    judged.add_arguments(parser)
+    subgroups.add_arguments(parser, required=True)
+    add = parser.add_argument
+    add("--positive", nargs="+", metavar="CLASS", help="classes that count as disease; default: those of the result")
+    add("--metric", metavar="NAME", help="which ranks; default: disease_auroc with --positive, else what chose on val")
+    add("--least", type=int, default=LEAST, metavar="N", help=f"images that a subgroup needs to be ranked ({LEAST})")
+
+
+def run(args: argparse.Namespace) -> None:
+    found = judged.find(args.results)
+    folders = judged.places(found, f"fair-{_word(args.by)}", args.out, args.overwrite)
+    questions = [_question(one, args) for one in found]  # all are checked before the first is worked on
+    for one, folder, (kind, headline) in zip(found, folders, questions, strict=True):
+        started = time.monotonic()
+        values = subgroups.of_images(one.index(args.data), one.number, args)
+        doing = f"subgroups of {one.name} ({one.result.protocol})"
+        found_fair = judge(one, kind, values, args.least, headline, doing)
+        _write(one, found_fair, kind, headline, values, folder, args.by, started)
+
+
+def _question(one: Judged, args: argparse.Namespace) -> tuple[Kind, str]:
+    kind = choose(one.kind.name, one.classes, args.positive or one.kind.positive)
+    headline = args.metric or ("disease_auroc" if args.positive else kind.select_by)
+    if headline not in kind.metrics:
+        raise UserError(f"--metric {headline}: {one.result.path} allows {', '.join(kind.metrics)}")
+    return kind, headline
+
+
+def _write(
+    one: Judged, fair: Fairness, kind: Kind, headline: str, values: np.ndarray, folder: Path, by: str, started: float
+) -> None:
+    gap, rows = fair.gaps[headline], fair.standing[headline]
+    metrics = {
+        **fair.overall,
+        f"{headline}_worst": rows[gap.worst].value,
+        **{f"{name}_gap": other.difference for name, other in fair.gaps.items()},
+        **{f"{headline} in {name}": s.value for name, s in rows.items()},
+    }
+    if odds := fair.equalised_odds:
+        metrics["equalised_odds_gap"] = odds[1].difference
+    detail = {"by": by, "headline": headline, **fair.as_dict(), "said": sentences(fair, headline, by)}
+    about = one.about(folder.name, started, notes=_notes(fair, headline), detail=detail)
+    about["task"] = kind.as_dict()
+    codes = {name: code for code, name in enumerate(fair.sizes)}
+    path = results.write(
+        folder, about, metrics, number=one.number, group=one.group, subgroup=np.array([codes[v] for v in values])
+    )
+    page(one, about, fair, headline, by, path).write(folder / "report.html")
+    _show(one, fair, headline, by, path)
+
+
+def sentences(fair: Fairness, headline: str, by: str) -> list[str]:
+    """What was shown, and what was not."""
+    rows, gap, name = fair.standing[headline], fair.gaps[headline], _plain(headline)
+    said = [
+        f"Worst by {name}: {gap.worst}, {rows[gap.worst].value}; best: {gap.best}, {rows[gap.best].value}; "
+        f"gap {gap.difference}."
+    ]
+    differs = [f"{s} is {row.verdict} by {row.against_rest}" for s, row in rows.items() if row.p <= ALPHA]
+    if differs:
+        said.append(f"Shown, with Holm's correction over {len(rows)} subgroups: {'; '.join(differs)}.")
+    else:
+        open_to = max((abs(e) for r in rows.values() for e in (r.against_rest.low, r.against_rest.high)), default=0)
+        room = f" The intervals leave room for a difference of up to {open_to:.2f}." if np.isfinite(open_to) else ""
+        said.append(f"No subgroup of {by} was shown to differ from the rest. That does not show them equal.{room}")
+    if odds := fair.equalised_odds:
+        which, wide = odds
+        said.append(f"Equalised odds: the larger gap is in {which}, {wide.worst} under {wide.best}: {wide.difference}.")
+    said.append(
+        "A difference between subgroups may come from harder cases, other cameras or labels as well as from the model: "
+        "this is a comparison within the test images, not a cause."
+    )
+    return said
+
+
+def _notes(fair: Fairness, headline: str) -> list[str]:
+    out = [f"{name} ({why})" for name, why in fair.unranked[headline].items()]
+    return [f"listed but not ranked by {_plain(headline)}: {'; '.join(out)}"] if out else []
+
+
+def page(one: Judged, about: dict, fair: Fairness, headline: str, by: str, path: Path) -> Page:
+    out, name = path.with_name("report.html"), _plain(headline)
+    html = Page(
+        f"{one.name}, by {by}", f"{one.result.protocol} on {about['data']['index']}, {one.y.shape[0]:,} test images"
+    )
+    judged.warn(html, about)
+    html.section("Subgroups", f"{name[0].upper()}{name[1:]}; 95 % intervals over resampled patients or lesions.")
+    for sentence in about["detail"]["said"]:
+        html.text(sentence)
+    rows, overall = fair.standing[headline], fair.overall[headline]
+    bars = [("all", overall), *((s, r.value) for s, r in rows.items())]
+    rest = [(s, r.against_rest) for s, r in rows.items()]
+    charts = [(bars, name, "each by itself"), (rest, "minus the rest", "an interval over 0 shows no difference")]
+    html.figures(
+        [(intervals([(s, m.value, m.low, m.high) for s, m in own], title), said) for own, title, said in charts]
+    )
+    table = []
+    for s, (images, groups) in fair.sizes.items():
+        if s in rows:
+            r = rows[s]
+            figures = [cell(r.value, path, out), cell(r.against_rest, path, out, signed=True), f"{r.p:.3g}", r.verdict]
+        else:
+            figures = [None, None, None, f"not ranked: {fair.unranked[headline][s]}"]
+        table.append([s, images, groups, *figures])
+    html.table([by, "images", "groups", name, "minus the rest", "p (Holm)", "verdict"], table)
+    html.section("Every metric", "The gap between the best and the worst subgroup, by whichever metric allows it.")
+    gaps = [
+        [_plain(m), cell(fair.overall[m], path, out), g.worst, g.best, cell(g.difference, path, out)]
+        for m, g in fair.gaps.items()
+    ]
+    html.table(["metric", "all", "worst", "best", "gap"], gaps)
+    kept = [m for m in fair.standing if m in fair.gaps]
+    per = []
+    for s in fair.sizes:
+        standings = [fair.standing[m].get(s) for m in kept]
+        per.append([s, *(cell(found.value, path, out) if found else None for found in standings)])
+    html.table([by, *map(_plain, kept)], per)
+    return html
+
+
+def _show(one: Judged, fair: Fairness, headline: str, by: str, path: Path) -> None:
+    console, rows = Console(), fair.standing[headline]
+    console.print(f"{one.name}, {one.result.protocol}, by {by}", style="bold", markup=False, soft_wrap=True)
+    table = Table(by, "images", "groups", _plain(headline), "minus the rest", "verdict")
+    for s, (images, groups) in fair.sizes.items():
+        r = rows.get(s)
+        figures = [str(r.value), _signed(r.against_rest), r.verdict] if r else ["-", "-", fair.unranked[headline][s]]
+        table.add_row(s, f"{images:,}", f"{groups:,}", *figures)
+    console.print(table)
+    for sentence in sentences(fair, headline, by)[:-1]:
+        console.print(sentence, markup=False)
+    console.print(f"written: {path} and report.html beside it", markup=False, soft_wrap=True)
+
+
+def _signed(m: Interval) -> str:
+    return f"{m.value:+.3f} [{m.low:+.3f}, {m.high:+.3f}]"
+
+
+def _plain(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _word(name: str) -> str:
+    """A column's name as part of a folder's."""
+    return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower() or "column"

@@ -1,0 +1,145 @@
+"""Results that exist, opened for the verbs that judge them without a backbone: `fair`, `calibrate`, `compare`.
+
+Such a verb writes beside what it judged: RESULTS/knn -> RESULTS/fair-sex-knn, so that `report` tables it like any
+other protocol. Its results.json keeps what is known of the judged one (backbone, data, seeds, leaks) and names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
+from html import escape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from finetune import kinds, results
+from finetune.kinds import Kind
+from finetune.metrics import Interval
+from finetune.results import Result
+from hybridssl.errors import UserError
+from hybridssl.page import Markup, Page
+from shards.index import Index
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Part:
+    """Scores of some images with what is known of them."""
+
+    scores: Array  # [M, K] of one seed
+    y: Array  # int64 [M], or uint8 [M, K] for several labels an image
+    group: Array  # int64 [M]
+    number: Array  # int64 [M]: which sample of the index
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A result and its predictions on the test images."""
+
+    result: Result
+    kind: Kind
+    classes: tuple[str, ...]
+    scores: Array  # float64 [S, N, K], one a seed
+    y: Array  # int64 [N], or uint8 [N, K]
+    group: Array  # int64 [N]
+    number: Array  # int64 [N]
+    val: list[Part]  # one a seed: the images that chose; empty in a result that did not keep them
+
+    @property
+    def name(self) -> str:
+        return self.result.about["backbone"]["name"]
+
+    def index(self, elsewhere: Path | None = None) -> Index:
+        """The index that was evaluated; `elsewhere`: where it lies now. UserError when it is another one."""
+        data = self.result.about["data"]
+        index = Index.open(elsewhere or data["index"])
+        if index.sha256 != data["sha256"]:
+            raise UserError(f"{index.root} is not the index that {self.result.path} evaluated: name that with --data")
+        return index
+
+    def about(self, protocol: str, started: float, **more: Any) -> dict[str, Any]:
+        """The document of a result that judges this one."""
+        kept = {name: self.result.about[name] for name in ("task", "backbone", "data", "seeds", "leaks", "selected")}
+        cost = {
+            "seconds": round(time.monotonic() - started, 2),
+            "labels_used": self.result.about["cost"]["labels_used"],
+            "peak_memory_mb": None,  # nothing that anyone would have to plan for
+        }
+        source = {
+            "result": str(self.result.path),
+            "protocol": self.result.protocol,
+            "sha256": sha256(self.result.path.read_bytes()).hexdigest(),
+        }
+        notes = [*self.result.about.get("notes", []), *more.pop("notes", [])]
+        return {"protocol": protocol, **kept, "cost": cost, "judged": source, "notes": notes, **more}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verbs that judge each result by itself."""
+    add = parser.add_argument
+    add("results", nargs="+", type=Path, metavar="RESULT", help="folders with results.json in or below them")
+    add("--out", type=Path, metavar="DIR", help="where DIR/PROTOCOL/results.json goes; default: beside each RESULT")
+    add("--data", type=Path, metavar="DIR", help="where the index lies now, if it was moved since")
+    add("--overwrite", action="store_true", help="replace another backbone's result")
+
+
+def find(folders: Iterable[Path]) -> list[Judged]:
+    """All results in and below the folders, but those that judge others themselves. UserError when there is none."""
+    folders = list(folders)
+    found = [read(result) for result in results.find(folders) if "judged" not in result.about]
+    if not found:
+        raise UserError(f"{', '.join(map(str, folders))}: only results that judge others; name one of knn, probe, ...")
+    return found
+
+
+def read(result: Result) -> Judged:
+    """UserError when the predictions are missing, not whole, or older than this program."""
+    arrays = result.predictions()
+    lacking = [name for name in ("scores", "y", "group", "number") if name not in arrays]
+    if lacking or "task" not in result.about:
+        raise UserError(f"{result.path} does not hold {', '.join(lacking) or 'its task'}: run the evaluation again")
+    seeds = [s for s in range(len(arrays["scores"])) if f"val_scores_{s}" in arrays]
+    val = [Part(*(arrays[f"val_{name}_{s}"] for name in ("scores", "y", "group", "number"))) for s in seeds]
+    classes, scores = tuple(result.about["data"]["classes"]), arrays["scores"].astype(np.float64)
+    if scores.ndim != 3 or scores.shape[1:] != (len(arrays["y"]), len(classes)):
+        raise UserError(
+            f"{result.path}: scores {scores.shape} do not fit {len(arrays['y']):,} x {len(classes)} classes"
+        )
+    parts = (arrays[name] for name in ("y", "group", "number"))
+    return Judged(result, kinds.of(result.about), classes, scores, *parts, val)
+
+
+def places(found: list[Judged], verb: str, out: Path | None, overwrite: bool) -> list[Path]:
+    """A folder for each: OUT/VERB-PROTOCOL. UserError before any work when two meet or one holds something else."""
+    folders = [(out or one.result.path.parent.parent) / f"{verb}-{one.result.protocol}" for one in found]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"several results of one protocol would go to one folder of {out}: leave --out away")
+    for one, folder in zip(found, folders, strict=True):
+        results.check_room(folder, {**one.result.about, "protocol": folder.name}, overwrite)
+    return folders
+
+
+def cell(metric: Interval, path: Path, page: Path, signed: bool = False) -> Markup | None:
+    """A value with its interval for a page's table, linked to the results.json at `path`; None for NaN."""
+    if np.isnan(metric.value):
+        return None
+    address = quote(Path(os.path.relpath(path, page.parent)).as_posix())  # quoted: no scheme, no markup
+    form = "+.3f" if signed else ".3f"
+    ends = "" if np.isnan(metric.low) else f" [{metric.low:{form}},&nbsp;{metric.high:{form}}]"
+    return Markup(f'<a href="{escape(address)}">{metric.value:{form}}</a>{ends}')
+
+
+def warn(page: Page, about: dict[str, Any]) -> None:
+    """Leaks in red, notes in yellow: first on every page."""
+    for sentence in results.Leaks(**about["leaks"]).sentences():
+        page.note(f"Leak, allowed by hand: {about['backbone']['name']}: {sentence}", "bad")
+    for note in about["notes"]:
+        page.note(f"{note[0].upper()}{note[1:]}.", "warn")

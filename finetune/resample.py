@@ -1,0 +1,86 @@
+"""Statistics and their differences over the same resampled groups, with intervals and p-values.
+
+`metrics.bootstrap` answers "how large is it"; this file answers "is it larger than that": the draws are kept, so that
+two statistics that were computed on the same resamples can be subtracted, which is what makes a comparison paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from finetune.metrics import RESAMPLES, Interval, group_weights
+
+Array = np.ndarray
+Statistic = Callable[[Array], Array]  # image weights [R, N] -> [R]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A statistic on the data as they are, and on every resample (the same resamples for all of one `resample`)."""
+
+    value: float
+    drawn: Array  # float64 [R]; NaN where a resample does not allow the statistic
+
+    def __sub__(self, other: Draws) -> Draws:
+        return Draws(self.value - other.value, self.drawn - other.drawn)
+
+    @property
+    def interval(self) -> Interval:
+        """95 % percentile interval, as in `metrics.bootstrap`."""
+        drawn = self.drawn[np.isfinite(self.drawn)]
+        low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+        return Interval(self.value, float(low), float(high))
+
+    @property
+    def reflected(self) -> Interval:
+        """95 % basic interval [2v - q97.5, 2v - q2.5] (Davison & Hinkley 1997, section 5.2).
+
+        For statistics that resampling inflates, as it does every calibration error: a mean of absolute deviations grows
+        with the noise that a resample adds, so its percentile interval lies above the value itself.
+        """
+        there = self.interval
+        return Interval(self.value, 2 * self.value - there.high, 2 * self.value - there.low)
+
+    @property
+    def p(self) -> float:
+        """Two-sided bootstrap p-value of "it is 0": twice the smaller share of resamples on either side of 0, the data
+        themselves counted as one of them, so that it is never 0 (Davison & Hinkley 1997, section 4.2)."""
+        drawn = self.drawn[np.isfinite(self.drawn)]
+        if not len(drawn) or not np.isfinite(self.value):
+            return 1.0
+        side = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
+        return min(1.0, 2 * (side + 1) / (len(drawn) + 1))
+
+
+def resample(
+    statistics: Mapping[str, Statistic], groups: Array, resamples: int = RESAMPLES, seed: int = 0, doing: str = ""
+) -> dict[str, Draws]:
+    """Every statistic on the data and on the same resamples of whole groups [N]. doing: what the progress bar says."""
+    ones, drawn = np.ones((1, len(groups))), {name: [] for name in statistics}
+    bars = Progress(console=Console(stderr=True), transient=True, disable=not doing)
+    with bars as progress, np.errstate(all="ignore"):
+        bar = progress.add_task(doing, total=resamples * len(statistics))
+        for weight in group_weights(groups, resamples, seed):
+            for name, statistic in statistics.items():
+                drawn[name].append(statistic(weight))
+                progress.advance(bar, len(weight))
+        return {name: Draws(float(f(ones)[0]), np.concatenate(drawn[name])) for name, f in statistics.items()}
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values adjusted for their number, in the order given: Holm (1979), the sequentially rejective Bonferroni test.
+
+    Rejecting where the adjusted value is at most alpha keeps the chance of any false rejection below alpha, whatever
+    the dependence between the tests.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    steps = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(steps, 1)
+    return adjusted.tolist()
