@@ -114,7 +114,8 @@ class UperNet(nn.Module):
         from transformers import UperNetConfig
         from transformers.models.upernet.modeling_upernet import UperNetHead
 
-        config = UperNetConfig(hidden_size=WIDTH, num_labels=outputs)
+        config = UperNetConfig(hidden_size=WIDTH)
+        config.num_labels = outputs
         self.head = UperNetHead(config, list(widths))
 
     def forward(self, maps: list[Tensor]) -> Tensor:
