@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
 def one_index(work: task.Task, by: str) -> Pool:
     """The labelled images of one index, in the domains that the column `by` names."""
     domain = meta_column(work.index, work.features.numbers, by)
-    x, group = work.features.x, work.features.group
-    return Pool(x, work.y, group, domain, work.test, work.split, work.classes, work.kind)
+    own = work.features
+    return Pool(own.x, work.y, own.group, own.numbers, domain, work.test, work.split, work.classes, work.kind)
 
 
 def two_indexes(work: task.Task, other: task.Task, rules: list[str], names: tuple[str, str]) -> tuple[Pool, Leaks]:
@@ -104,6 +104,7 @@ def two_indexes(work: task.Task, other: task.Task, rules: list[str], names: tupl
         x={kind: np.concatenate([v, other.features.x[kind]]) for kind, v in work.features.x.items()},
         y=np.concatenate([work.y, np.array([classes.index(c) for c in theirs])[other.y]]),
         group=np.concatenate(groups),
+        number=np.concatenate([work.features.numbers, other.features.numbers]),
         domain=np.repeat(names, [first, len(other.y)]),
         test=np.concatenate([work.test, other.test + first]),
         split=split,
@@ -221,7 +222,8 @@ def _row(gap: Gap) -> dict[str, Any]:
 def _unseen(work: task.Task, pool: Pool, held_out: list[Pair], scores: dict[Head, Array]) -> dict[str, Array]:
     """Predictions of the test images of the kept domains by the heads that were not taught there.
 
-    With --to, `scores` are of the images of --data, and `to_scores` of the others, each among its own classes."""
+    With --to, `scores` are of the images of --data, and `to_scores` those of the others, over --data's classes and then
+    the classes that only the others have."""
     domain = pool.domain[pool.test]
     away, home = (np.zeros_like(next(iter(scores.values()))) for _ in range(2))
     for pair in held_out:
@@ -240,4 +242,6 @@ def _unseen(work: task.Task, pool: Pool, held_out: list[Pair], scores: dict[Head
     if not work.args.to:
         return arrays
     theirs = kept & (pool.test >= len(work.y))
-    return arrays | {"to_scores": away[:, theirs].astype(np.float32), "to_y": pool.y[pool.test[theirs]]}
+    rows = pool.test[theirs]
+    of_rows = {"to_y": pool.y[rows], "to_group": pool.group[rows], "to_number": pool.number[rows]}
+    return arrays | {"to_scores": away[:, theirs].astype(np.float32), **of_rows}

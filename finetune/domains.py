@@ -27,6 +27,7 @@ class Pool:
     x: dict[str, Array]  # kind -> float32 [N, D]
     y: Array  # int64 [N], or uint8 [N, K] for several labels an image
     group: Array  # int64 [N]
+    number: Array  # int64 [N]: which sample of its own index
     domain: Array  # str [N]; "" where it is not known
     test: Array  # rows
     split: Callable[[int], tuple[Array, Array]]  # seed -> rows to train on, rows to choose on

@@ -110,10 +110,9 @@ def pool(domains, classes_of, images=40, classes=4):
             part += [split] * images
     at = {split: np.flatnonzero(np.array(part) == split) for split in ("train", "val", "test")}
     names = tuple(f"c{k}" for k in range(classes))
-    return Pool(
-        {}, np.array(y), np.arange(len(y)) // 2, np.array(domain), at["test"], lambda s: (at["train"], at["val"]),
-        names, kinds.choose("one-of", names),
-    )  # fmt: skip
+    numbers, kind = np.arange(len(y)), kinds.choose("one-of", names)
+    split = lambda seed: (at["train"], at["val"])  # noqa: E731
+    return Pool({}, np.array(y), numbers // 2, numbers, np.array(domain), at["test"], split, names, kind)
 
 
 def test_only_classes_that_both_heads_were_taught_are_judged():
@@ -189,6 +188,7 @@ def test_another_index_under_other_class_names(index, pad, tmp_path, capsys):
     away = next(row for row in detail["held_out"] if row["domain"] != index.root.name)
     y, scores = arrays["to_y"], arrays["to_scores"][0]
     asked = np.isin(y, [0, 1])
+    assert set(arrays["to_number"]) == set(pad.select(["test"]))
     expected = balanced_accuracy_score(y[asked], scores[asked][:, :2].argmax(1))
     assert away["away"]["value"] == pytest.approx(expected)
     assert away["images"] == asked.sum()
