@@ -79,13 +79,16 @@ def embed_sentences(encoder: str, sentences: Sequence[str], pooling: str = "auto
     tokenizer, model, declared = load_encoder(encoder)
     pooling = (declared or "mean") if pooling == "auto" else pooling
     two_tower = hasattr(model, "get_text_features")
-    room = min(MAX_TOKENS, tokenizer.model_max_length)
+    room, padding = min(MAX_TOKENS, tokenizer.model_max_length), "longest"
+    if model.config.model_type.startswith("siglip"):  # reads its last position, and was trained with padding to the end
+        room, padding = model.config.text_config.max_position_embeddings, "max_length"
     out = []
     for start in range(0, len(sentences), chunk):
         some = list(sentences[start : start + chunk])
-        tokens = tokenizer(some, padding=True, truncation=True, max_length=room, return_tensors="pt")
+        tokens = tokenizer(some, padding=padding, truncation=True, max_length=room, return_tensors="pt")
         if two_tower:
-            found = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+            mask = None if padding == "max_length" else tokens["attention_mask"]
+            found = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=mask)
             vectors = found if isinstance(found, Tensor) else found.pooler_output  # transformers 4 | 5
         else:
             hidden = model(**tokens).last_hidden_state  # [n, T, Dt]

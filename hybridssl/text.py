@@ -116,7 +116,28 @@ def class_prototypes(options: TextOptions, classes: Sequence[str], width: int, s
 
 
 def prototypes(embeddings: Tensor, width: int, shrinkage: float = 0.5, seed: int = 0) -> Tensor:
-    """Class embeddings E [K, Dt] -> prototypes [K, width], unit norm: centre, whiten with shrinkage, map, normalise.
+    """Class embeddings E [K, Dt] -> prototypes [K, width], unit norm: centre, whiten with shrinkage, map, normalise."""
+    return fit_map(embeddings, width, shrinkage, seed)(embeddings)
+
+
+@dataclass(frozen=True)
+class TextMap:
+    """Text embeddings -> prototypes: affine, then unit norm. Fitted on some classes, it places any others too."""
+
+    mean: Tensor  # [Dt]
+    weight: Tensor  # [Dt, width]
+    nowhere: Tensor  # [width], for rows that have no direction
+
+    def __call__(self, embeddings: Tensor) -> Tensor:
+        """[N, Dt] -> [N, width]. Of a class that the map was not fitted on, only what lies in the span of the fitted
+        classes is placed: a head that has learnt to tell K classes apart has at most K - 1 directions."""
+        mapped = (embeddings.detach().double().cpu() - self.mean) @ self.weight
+        lost = mapped.norm(dim=1, keepdim=True) < 1e-6
+        return F.normalize(torch.where(lost, self.nowhere, mapped), dim=1).float()
+
+
+def fit_map(embeddings: Tensor, width: int, shrinkage: float = 0.5, seed: int = 0) -> TextMap:
+    """The map of class embeddings E [K, Dt] into a head of this width.
 
     Centre: sentence encoders put everything into one narrow cone; X = E - mean(E) removes what all classes share.
     Whiten: X = U diag(s) V^T, rank r < K. Direction i is scaled by s_i -> s_i / sqrt((1 - a) s_i^2 + a m), m the mean
@@ -130,19 +151,25 @@ def prototypes(embeddings: Tensor, width: int, shrinkage: float = 0.5, seed: int
     """
     if width < 1 or not 0.0 <= shrinkage <= 1.0:
         raise UserError(f"prototypes: width {width} must be at least 1, text.shrinkage {shrinkage} within 0..1")
-    x = embeddings.detach().double().cpu()
-    scale = x.norm(dim=1).max().clamp_min(1e-12)
-    x = (x - x.mean(0)) / scale
-    gauss = torch.randn(x.shape[1], width, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    e = embeddings.detach().double().cpu()
+    mean, scale = e.mean(0), e.norm(dim=1).max().clamp_min(1e-12)
+    gauss = torch.randn(e.shape[1], width, dtype=e.dtype, generator=torch.Generator().manual_seed(seed))
+    _, s, vt = torch.linalg.svd((e - mean) / scale, full_matrices=False)
     keep = (s > 1e-6)[:width].nonzero().flatten()  # s descends; float32 embeddings carry no more
     rank_mean = s[s > 1e-6].square().mean() if len(keep) else s.new_zeros(())
-    u, s, vt = u[:, keep], s[keep], vt[keep]
-    z = u * (s / ((1 - shrinkage) * s.square() + shrinkage * rank_mean).sqrt())  # [K, r]
+    s, vt = s[keep], vt[keep]
+    gain = ((1 - shrinkage) * s.square() + shrinkage * rank_mean).rsqrt() / scale  # [r]
     left, _, right = torch.linalg.svd(vt @ gauss, full_matrices=False)
-    mapped = z @ (left @ right)  # [K, width]
-    nowhere = mapped.norm(dim=1, keepdim=True) < 1e-6
-    return F.normalize(torch.where(nowhere, gauss[0], mapped), dim=1).float()
+    return TextMap(mean, (vt.T * gain) @ (left @ right), gauss[0])
+
+
+def expressed(fitted: Tensor, others: Tensor) -> Tensor:
+    """How much of what sets other classes apart from the fitted ones' mean lies in their span, 0 to 1: [K, Dt], [N, Dt]
+    -> [N]. It is what a map fitted on the first can place of the second; the rest is lost."""
+    mean = fitted.double().mean(0)
+    _, s, vt = torch.linalg.svd(fitted.double() - mean, full_matrices=False)
+    apart = others.double() - mean
+    return (apart @ vt[s > 1e-6].T).norm(dim=1) / apart.norm(dim=1).clamp_min(1e-12)
 
 
 def similarity(prototypes: Tensor) -> Tensor:

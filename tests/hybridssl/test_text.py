@@ -133,6 +133,31 @@ def test_nearest_pairs_come_most_alike_first():
     assert len(text.nearest_pairs(cosines, ["a", "b", "c"], 1)) == 1
 
 
+def test_a_fitted_map_gives_its_own_classes_their_prototypes_and_places_others_among_them():
+    """A new class in the span of the fitted ones, against whitening by eigenvectors in the text's own space."""
+    e, a = embeddings(10).double(), 0.3
+    placed = text.fit_map(e.float(), 64, a, seed=2)
+    torch.testing.assert_close(placed(e), text.prototypes(e.float(), 64, a, seed=2))
+    mix = torch.randn(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    new = e.mean(0) + mix @ (e - e.mean(0))
+    x, values, vectors = e - e.mean(0), *torch.linalg.eigh((e - e.mean(0)).T @ (e - e.mean(0)))
+    values, vectors = values[-9:], vectors[:, -9:]
+    whiten = vectors @ torch.diag(((1 - a) * values + a * values.mean()).rsqrt()) @ vectors.T
+    expected = F.normalize((new - e.mean(0)) @ whiten, dim=1) @ F.normalize(x @ whiten, dim=1).T
+    torch.testing.assert_close(placed(new).double() @ placed(e).double().T, expected, atol=1e-4, rtol=0)
+
+
+def test_what_lies_outside_the_fitted_classes_is_lost_and_counted():
+    e = F.normalize(torch.randn(5, 24, generator=torch.Generator().manual_seed(0)), dim=1)
+    _, _, vt = torch.linalg.svd(e - e.mean(0))
+    inside, outside = (e - e.mean(0))[0], vt[-1]  # five classes span four directions; the last is none of them
+    new = e.mean(0) + torch.stack([inside, outside, inside / inside.norm() + outside])
+    torch.testing.assert_close(text.expressed(e, new), torch.tensor([1, 0, 0.5**0.5]).double(), atol=1e-4, rtol=0)
+    placed = text.fit_map(e, 32)(new)
+    torch.testing.assert_close(placed[0], placed[2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(placed.norm(dim=1), torch.ones(3))
+
+
 # ------------------------------------------------------------------------------------------------- text -> embeddings
 
 
