@@ -237,8 +237,9 @@ def verdict(lines: list[Line], control: list[Line]) -> tuple[bool, str]:
     else:
         reasons = "; ".join(
             f"{line.name}: AUROC of new against old {line.found.auroc}, {line.far.value:.0%} of the images far out"
-            for line in due
+            for line in due[:3]
         )
+        reasons += f"; and {len(due) - 3} parts more" if len(due) > 3 else ""
         words = f"Retraining is due: the new images differ from what the backbone has seen, and by much ({reasons})."
     if alarms and any(line.alarm for line in control):
         words += (
