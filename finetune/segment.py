@@ -27,7 +27,19 @@ from finetune.kinds import Kind
 from finetune.masks import FOREGROUND
 from finetune.patch_samples import Samples, collect
 from finetune.patches import block_maps, load_encoder
-from finetune.segmenters import BANK, BATCH, EPOCHS, HEADS, KS, LRS, TEMPERATURE, Head, predict_masks, train_head
+from finetune.segmenters import (
+    BACKGROUNDS,
+    BANK,
+    BATCH,
+    EPOCHS,
+    HEADS,
+    KS,
+    LRS,
+    TEMPERATURE,
+    Head,
+    predict_masks,
+    train_head,
+)
 from finetune.splits import find_leaks, guard
 from finetune.task import Task
 from hybridssl.errors import UserError
@@ -198,5 +210,5 @@ def finish(work: Masked, name: str, heads: list[Head], counts: Array, bits: Arra
 def grid(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Among what val chose."""
     if name == "knn":
-        return {"k": KS, "temperature": TEMPERATURE, "bank": BANK}
+        return {"k": KS, "background": BACKGROUNDS, "temperature": TEMPERATURE, "bank": BANK}
     return {"lr": args.lr, "optimizer": "Adam", "batch": BATCH, "epochs": args.epochs, "loss": "cross-entropy"}

@@ -34,6 +34,7 @@ HEADS = {"linear": "patches", "knn": "patches", "upernet": "blocks"}  # head -> 
 LRS, EPOCHS, BATCH = (3e-4, 1e-3, 3e-3), 20, 16
 MIN_STEPS, CHECKS = 200, 20  # few images take more epochs; val looks on this often
 KS, TEMPERATURE, BANK = (5, 20, 50), 0.07, 50_000
+BACKGROUNDS = (1.0, 0.5, 0.25)  # weights of the background's votes: small things never fill half of a patch
 WIDTH = 64  # channels inside the UPerNet head (512 in its paper): hundreds of masks teach it, on a CPU too
 
 
@@ -61,7 +62,7 @@ def train_head(
     lrs: Sequence[float] = LRS,
     epochs: int = EPOCHS,
 ) -> Head:
-    """The head that does best on val: of every learning rate and step for linear and upernet, of every k for knn."""
+    """The head that does best on val: linear and upernet of `lrs` and steps, knn of KS and BACKGROUNDS."""
     if name == "knn":
         return _nearest(samples, train, val, seed)
     steps = max(MIN_STEPS, epochs * -(-len(train) // BATCH))
@@ -204,17 +205,23 @@ def _nearest(samples: Samples, train: Array, val: Array, seed: int) -> Head:
         grid = len(x), *x.shape[-2:], 1 + classes
         return [torch.from_numpy(v).float().reshape(grid).permute(0, 3, 1, 2) for v in found]
 
+    def weighed(scores: Tensor, background: float) -> Tensor:
+        return torch.cat([background * scores[:, :1], scores[:, 1:]], 1)
+
     ks = sorted({min(k, len(share)) for k in KS})
-    counts = {k: [] for k in ks}
+    counts = {(k, background): [] for k in ks for background in BACKGROUNDS}
     with progress(f"k nearest patches, seed {seed}", len(val)) as advance:
         for start in range(0, len(val), BATCH):
             rows = val[start : start + BATCH]
             for k, scores in zip(ks, votes(samples.levels("patches", rows), ks), strict=True):
-                counts[k].append(overlap(samples.masks[rows], _masks(scores, samples.size), classes))
+                for background in BACKGROUNDS:
+                    found = _masks(weighed(scores, background), samples.size)
+                    counts[k, background].append(overlap(samples.masks[rows], found, classes))
             advance(len(rows))
-    values = {k: float(np.nan_to_num(mean_iou(np.concatenate(found)))) for k, found in counts.items()}
-    k = max(ks, key=lambda k: values[k])  # the smallest of equals
-    return Head("knn", lambda maps: votes(maps, [k])[0], {"k": k, "bank": len(share)}, values[k])
+    values = {key: float(np.nan_to_num(mean_iou(np.concatenate(found)))) for key, found in counts.items()}
+    k, background = max(values, key=lambda key: values[key])  # the first of equals: the smallest k
+    choice = {"k": k, "background": background, "bank": len(share)}
+    return Head("knn", lambda maps: weighed(votes(maps, [k])[0], background), choice, values[k, background])
 
 
 def patch_shares(masks: Array, classes: int, side: int) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -101,7 +103,23 @@ def test_votes_are_scikit_learns(discs, samples, monkeypatch):
     model = KNeighborsRegressor(5, metric="cosine", algorithm="brute", weights=weigh).fit(flat(train), share)
     ours = head.scores(samples.levels("patches", test[:4]))[:, 1].numpy().ravel()
     np.testing.assert_allclose(ours, model.predict(flat(test[:4])), atol=1e-3)
-    assert head.choice == {"k": 5, "bank": len(share)}
+    assert (head.choice["k"], head.choice["bank"]) == (5, len(share))
+
+
+def test_small_things_are_found_though_they_fill_no_patch(discs, samples, monkeypatch):
+    """Where no patch is half full, plain votes find nothing, and val must give the background less weight."""
+    train, val, test = rows_of(discs, "train", "val", "test")
+    thin = samples.masks & (np.arange(64) % 8 < 3)  # three of eight columns
+    sparse = replace(samples, masks=thin.astype(np.uint8))
+    head = segmenters.train_head("knn", sparse, train, val)
+    assert head.choice["background"] < 1
+    monkeypatch.setattr(segmenters, "BACKGROUNDS", (1.0,))
+    plain = segmenters.train_head("knn", sparse, train, val)
+    values = [
+        masks.mean_iou(masks.overlap(sparse.masks[test], segmenters.predict_masks(h, sparse, test)))
+        for h in (head, plain)
+    ]
+    assert values[0] > values[1] + 0.2
 
 
 def test_a_backbone_is_read_at_its_blocks(run_folder):
