@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,14 @@ from shards.format import decode
 from shards.index import Index
 
 LAYOUT = 1  # raise it when the same image would give other features than before
+
+
+@dataclass(frozen=True)
+class ImageChange:
+    """Something done to every image after resizing, such as a corruption of known strength."""
+
+    name: str  # part of the name under which features are kept
+    function: Callable[[np.ndarray, int], np.ndarray]  # uint8 [C, S, S] and the sample number -> uint8 [C, S, S]
 
 
 @dataclass(frozen=True)
@@ -78,17 +86,21 @@ def extract(
     batch: int = 64,
     workers: int = 0,
     cache: Path | None = None,
+    change: ImageChange | None = None,
 ) -> Features:
-    """Features of the samples `numbers`; those already in `cache` are read, the others computed and added to it."""
+    """Features of the samples `numbers`; those already in `cache` are read, the others computed and added to it.
+
+    change: what is done to every image first; its name must tell all that it depends on.
+    """
     numbers = np.asarray(numbers, dtype=np.int64)
     if index.channels != encoder.channels:
         raise DataError(f"{encoder.name} takes {encoder.channels} channels, {index.root} has {index.channels}")
-    file = cache / f"{_fingerprint(encoder, index)}.safetensors" if cache else None
+    file = cache / f"{_fingerprint(encoder, index, change)}.safetensors" if cache else None
     known = _read(file)
     missing = np.setdiff1d(numbers, known["numbers"]) if known else np.unique(numbers)
     bad: list[dict[str, str]] = []
     if len(missing):
-        fresh, bad = _compute(encoder, index, missing, batch, workers)
+        fresh, bad = _compute(encoder, index, missing, batch, workers, change)
         # Another process may have added to the file meanwhile: what it knows now counts, not what it knew before.
         known = _merge(_read(file) or known, fresh)
         if file and known:
@@ -117,8 +129,8 @@ def extract(
 class _Images(torch.utils.data.Dataset):
     """number -> (number, uint8 [C, S, S], label ids) or (number, None, reason)."""
 
-    def __init__(self, index: Index, numbers: np.ndarray, size: int) -> None:
-        self.index, self.numbers, self.size = index, numbers, size
+    def __init__(self, index: Index, numbers: np.ndarray, size: int, change: ImageChange | None) -> None:
+        self.index, self.numbers, self.size, self.change = index, numbers, size, change
         self.ids = {name: k for k, name in enumerate(index.classes)}
 
     def __len__(self) -> int:
@@ -131,20 +143,24 @@ class _Images(torch.utils.data.Dataset):
             image = resize_for_eval(decode(sample.image, self.size, self.index.channels), self.size)
         except DataError as error:
             return number, None, str(error)
+        if self.change:
+            image = self.change.function(image, number)
         return number, image, [self.ids[name] for name in sample.labels if name in self.ids]
 
 
 def _compute(
-    encoder: Encoder, index: Index, numbers: np.ndarray, batch: int, workers: int
+    encoder: Encoder, index: Index, numbers: np.ndarray, batch: int, workers: int, change: ImageChange | None
 ) -> tuple[dict[str, np.ndarray], list[dict[str, str]]]:
     loader = torch.utils.data.DataLoader(
-        _Images(index, numbers, encoder.input_size), batch_size=batch, num_workers=workers, collate_fn=list
+        _Images(index, numbers, encoder.input_size, change), batch_size=batch, num_workers=workers, collate_fn=list
     )
     parts: dict[str, list[np.ndarray]] = {"numbers": [], "y": []}
     bad: list[dict[str, str]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"features of {encoder.name}", total=len(numbers), rate="")
+        task = progress.add_task(
+            f"features of {encoder.name}{f', {change.name}' if change else ''}", total=len(numbers), rate=""
+        )
         for rows in loader:
             good = [row for row in rows if row[1] is not None]
             for number, _, reason in (row for row in rows if row[1] is None):
@@ -163,10 +179,11 @@ def _compute(
     return {name: np.concatenate(values) for name, values in parts.items() if values}, bad
 
 
-def _fingerprint(encoder: Encoder, index: Index) -> str:
+def _fingerprint(encoder: Encoder, index: Index, change: ImageChange | None) -> str:
     parts: Sequence[object] = (
         LAYOUT, encoder.sha256, index.sha256, encoder.input_size, *map(float, (*encoder.mean, *encoder.std))
     )  # fmt: skip
+    parts = (*parts, change.name) if change else parts
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

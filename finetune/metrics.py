@@ -8,7 +8,7 @@ metric that no class allows is NaN there and not counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,35 @@ def macro_auroc(y: Array, scores: Array, weight: Array) -> Array:
 def average_precision(y: Array, scores: Array, weight: Array) -> Array:
     """Mean one-against-rest average precision over the classes that occur."""
     return _mean(_each_class(_precision, y, scores, weight))
+
+
+def quadratic_kappa(y: Array, scores: Array, weight: Array) -> Array:
+    """Cohen's kappa with quadratic weights over the classes as ordered grades (Cohen 1968)."""
+    count = scores.shape[1]
+    said, grades = scores.argmax(1), np.arange(count)
+    distance = (grades[:, None] - grades) ** 2 / max(count - 1, 1) ** 2
+    true, told = weight @ (y[:, None] == grades), weight @ (said[:, None] == grades)  # [R, K]
+    chance = np.einsum("ri,rj,ij->r", true, told, distance) / weight.sum(1)
+    return 1 - _ratio(weight @ distance[y, said], chance)
+
+
+def disease(positive: Sequence[int]) -> dict[str, Metric]:
+    """Sensitivity and specificity of "diseased" = the summed score of the classes `positive` is above a half, and the
+    area under the ROC curve of that sum."""
+    classes = list(positive)
+
+    def sensitivity(y: Array, scores: Array, weight: Array) -> Array:
+        ill, said = np.isin(y, classes), scores[:, classes].sum(1) > 0.5
+        return _ratio(weight @ (ill & said), weight @ ill)
+
+    def specificity(y: Array, scores: Array, weight: Array) -> Array:
+        well, said = ~np.isin(y, classes), scores[:, classes].sum(1) > 0.5
+        return _ratio(weight @ (well & ~said), weight @ well)
+
+    def disease_auroc(y: Array, scores: Array, weight: Array) -> Array:
+        return _auroc(np.isin(y, classes), scores[:, classes].sum(1), weight)
+
+    return {"sensitivity": sensitivity, "specificity": specificity, "disease_auroc": disease_auroc}
 
 
 Metric = Callable[[Array, Array, Array], Array]
@@ -111,18 +140,19 @@ def paired_bootstrap(
     a: Array,
     b: Array,
     groups: Array,
-    metric: str = "balanced_accuracy",
+    metric: str | Metric = "balanced_accuracy",
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """metric(a) - metric(b) on the same images, with the interval over the same resampled groups.
+    """metric(a) - metric(b) on the same images, with the interval over the same resampled groups. metric: a name of
+    ONE_OF, or the metric itself.
 
     a, b: scores [N, K], or predicted classes int [N] for the metrics that need no scores.
     """
     if a.ndim == 1:
         classes = int(max(v.max() for v in (y, a, b))) + 1
         a, b = np.eye(classes)[a], np.eye(classes)[b]
-    chosen = ONE_OF[metric]
+    chosen = ONE_OF[metric] if isinstance(metric, str) else metric
 
     def difference(weight: Array) -> Array:
         return chosen(y, a, weight) - chosen(y, b, weight)

@@ -4,7 +4,7 @@ task = prepare(args, ["knn"])
 for seed in args.seeds:
     train, val, test = task.split(seed)
     ... choose on val, then scores [N, K] of task.test ...
-task.finish("knn", scores of every seed, choices, grid)
+task.finish("knn", scores of every seed, choices, grid, scores of val of every seed)
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from finetune import metrics, results
 from finetune.backbones import load
 from finetune.encoder import Encoder
 from finetune.features import Features, default_cache, extract
+from finetune.kinds import Kind, choose
 from finetune.splits import Leaks, find_leaks, guard, label_subset
 from hybridssl.errors import UserError
 from shards.index import Index
 
 CARVED = 0.2  # share of the train groups that chooses when there is no val split
-SELECT_BY = "balanced_accuracy"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, type=Path, metavar="DIR", help="where DIR/PROTOCOL/results.json goes")
     add("--labels", type=float, default=1.0, metavar="F", help="share of the train labels, by whole groups (1.0)")
     add("--source", help="only images of this source of the index")
+    add("--positive", nargs="+", default=[], metavar="CLASS", help="classes that count as disease: adds sensitivity")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--grades", nargs="+", metavar="CLASS", help="all classes in order: judge by quadratic kappa")
+    what.add_argument("--multi-label", action="store_true", help="an image may have several labels: judge by AUROC")
     add(
         "--seeds",
         type=int,
@@ -71,8 +75,9 @@ class Task:
     index: Index
     features: Features  # of all labelled samples of the splits below
     rows: dict[str, np.ndarray]  # split -> rows of `features`; val may be missing
-    y: np.ndarray  # int64: class of each row, in `classes`
-    classes: tuple[str, ...]  # the classes that occur
+    y: np.ndarray  # int64 [N]: class of each row, in `classes`; uint8 [N, K] with --multi-label
+    classes: tuple[str, ...]  # the classes that occur; with --grades in their order
+    kind: Kind
     leaks: Leaks
     prepared: float  # seconds that opening, loading and extracting took
     since: float  # when the protocol at work began
@@ -86,24 +91,42 @@ class Task:
         train = self.rows["train"]
         group = self.features.group
         if self.args.labels < 1:
-            train = train[label_subset(self.y[train], group[train], self.args.labels, seed)]
+            train = train[label_subset(self._strata(train), group[train], self.args.labels, seed)]
         if "val" in self.rows:
             return train, self.rows["val"]
-        carved = label_subset(self.y[train], group[train], CARVED, seed + 1_000_003, keep_one=True)
+        carved = label_subset(self._strata(train), group[train], CARVED, seed + 1_000_003, keep_one=True)
         if not carved.any():
             raise UserError("there is no val split, and train has too few groups to carve one: add a val split")
         return train[~carved], train[carved]
 
+    def _strata(self, rows: np.ndarray) -> np.ndarray:
+        """int64: the class by which a draw of labels is balanced; of several labels, the rarest in the data."""
+        if not self.kind.multi_label:
+            return self.y[rows]
+        return np.where(self.y[rows] > 0, self.y.sum(0, dtype=np.int64), np.iinfo(np.int64).max).argmin(1)
+
+    def counts(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [K]: images of each class among the rows."""
+        y = self.y[rows]
+        return y.sum(0, dtype=np.int64) if self.kind.multi_label else np.bincount(y, minlength=len(self.classes))
+
     def finish(
-        self, protocol: str, scores: list[np.ndarray], choices: list[dict[str, Any]], grid: dict[str, Any]
+        self,
+        protocol: str,
+        scores: list[np.ndarray],
+        choices: list[dict[str, Any]],
+        grid: dict[str, Any],
+        val: list[np.ndarray],
+        **more: Any,
     ) -> Path:
-        """scores: per seed [N, K] of the test rows; choices: per seed, what was chosen; grid: among what."""
+        """scores: per seed [N, K] of the test rows; choices: per seed, what was chosen; grid: among what; val: per seed
+        the scores of the rows that chose, for a temperature or a threshold set later; more: into the file."""
         y, group = self.y[self.test], self.features.group[self.test]
-        found = metrics.bootstrap(y, np.stack(scores), group, metrics.ONE_OF)
-        about = self.about(protocol)
+        found = metrics.bootstrap(y, np.stack(scores), group, self.kind.metrics)
+        about = self.about(protocol) | more
         about["selected"] = {
             "split": "val" if "val" in self.rows else f"val, carved out of train: {CARVED:.0%} by groups",
-            "by": SELECT_BY,
+            "by": self.kind.select_by,
             "grid": grid,
             "choices": [{"seed": seed, **choice} for seed, choice in zip(self.args.seeds, choices, strict=True)],
         }
@@ -115,11 +138,16 @@ class Task:
             "peak_memory_mb": _peak_mb(),
         }
         about["notes"] = self.notes([train for train, _ in used])
-        number = self.features.numbers[self.test]
-        array = np.stack(scores).astype(np.float32)
-        path = results.write(self.args.out / protocol, about, found, scores=array, y=y, group=group, number=number)
+        arrays = {"scores": np.stack(scores).astype(np.float32), **self._rows(self.test)}
+        for at, ((_, rows), values) in enumerate(zip(used, val, strict=True)):
+            own = {"scores": values.astype(np.float32), **self._rows(rows)}
+            arrays |= {f"val_{name}_{at}": array for name, array in own.items()}
+        path = results.write(self.args.out / protocol, about, found, **arrays)
         show(protocol, about, found, path)
         return path
+
+    def _rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {"y": self.y[rows], "group": self.features.group[rows], "number": self.features.numbers[rows]}
 
     def _seconds(self) -> float:
         """What one protocol would have cost alone: the preparation and its own time."""
@@ -131,6 +159,7 @@ class Task:
         encoder, column = self.encoder, self.index.column("group")
         return {
             "protocol": protocol,
+            "task": self.kind.as_dict(),
             "backbone": {
                 "name": encoder.name,
                 "sha256": encoder.sha256,
@@ -148,7 +177,7 @@ class Task:
                 "groups": {name: len(np.unique(self.features.group[rows])) for name, rows in self.rows.items()},
                 "group_column": "group" if (column[self.features.numbers] != 0).any() else None,
                 "classes": {
-                    name: {split: int((self.y[rows] == k).sum()) for split, rows in self.rows.items()}
+                    name: {split: int(self.counts(rows)[k]) for split, rows in self.rows.items()}
                     for k, name in enumerate(self.classes)
                 },
                 "bad": self.features.bad,
@@ -160,8 +189,9 @@ class Task:
     def notes(self, trained: list[np.ndarray]) -> list[str]:
         """What a reader of the figures must know, in plain sentences."""
         said = []
-        untaught = [c for k, c in enumerate(self.classes) if any(k not in self.y[train] for train in trained)]
-        unasked = [c for k, c in enumerate(self.classes) if k not in self.y[self.test]]
+        taught = np.min([self.counts(train) for train in trained], axis=0)
+        untaught = [c for c, count in zip(self.classes, taught, strict=True) if not count]
+        unasked = [c for c, count in zip(self.classes, self.counts(self.test), strict=True) if not count]
         if untaught:
             said.append(f"no training label for {', '.join(untaught)}: its test images count as wrong")
         if unasked:
@@ -194,17 +224,32 @@ def prepare(args: argparse.Namespace, protocols: list[str]) -> Task:
     features = extract(encoder, index, wanted, args.batch, args.workers, args.cache or default_cache())
     for entry in features.bad:
         Console(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}", markup=False)
-    many = np.flatnonzero(features.y.sum(1) > 1)
-    if len(many):
-        raise UserError(
-            f"{len(many):,} images have several labels (first: {index.key(int(features.numbers[many[0]]))}); "
-            f"{', '.join(protocols)} judge sets with one class an image: keep one label each, or choose a --source"
-        )
-    occurring = np.unique(features.label)
     rows = {name: np.flatnonzero(np.isin(features.numbers, own)) for name, own in numbers.items()}
-    classes = tuple(index.classes[k] for k in occurring)
-    y, now = np.searchsorted(occurring, features.label), time.monotonic()
-    return Task(args, encoder, index, features, rows, y, classes, leaks, now - started, now)
+    kind, classes, y = _question(args, features, protocols)
+    now = time.monotonic()
+    return Task(args, encoder, index, features, rows, y, classes, kind, leaks, now - started, now)
+
+
+def _question(
+    args: argparse.Namespace, features: Features, protocols: list[str]
+) -> tuple[Kind, tuple[str, ...], np.ndarray]:
+    """The kind of the set, the classes that occur, and the labels in terms of them."""
+    many = np.flatnonzero(features.y.sum(1) > 1)
+    if len(many) and not args.multi_label:
+        raise UserError(
+            f"{len(many):,} images have several labels (first: {features.index.key(int(features.numbers[many[0]]))}); "
+            f"{', '.join(protocols)} takes them with --multi-label, or a --source with one label an image"
+        )
+    occurring = [int(k) for k in np.flatnonzero(features.y.any(0))]
+    if args.grades:
+        names = [features.classes[k] for k in occurring]
+        if sorted(names) != sorted(args.grades):
+            raise UserError(f"--grades must name every class once, lowest first; the data has {', '.join(names)}")
+        occurring = [features.classes.index(name) for name in args.grades]
+    classes = tuple(features.classes[k] for k in occurring)
+    name = "multi-label" if args.multi_label else "grades" if args.grades else "one-of"
+    y = features.y[:, occurring]
+    return choose(name, classes, args.positive), classes, y if args.multi_label else y.argmax(1)
 
 
 def _labelled(index: Index, source: str | None) -> dict[str, np.ndarray]:

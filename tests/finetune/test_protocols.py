@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import cohen_kappa_score, recall_score, roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from finetune import metrics, probe, results
+from finetune import kinds, metrics, probe, results
 from finetune.__main__ import main
 from finetune.backbones import load
 from finetune.features import extract
-from finetune.probe import CS, kinds, linear, logistic, standardise
 
 
 @pytest.fixture
@@ -86,66 +86,140 @@ def test_result_says_all_that_a_reviewer_asks(evaluate, index, export_folder):
     assert set(predictions["number"]) == set(index.select(["test"]))
 
 
-def test_logistic_agrees_with_a_cold_scikit_learn_pipeline(parts, index):
-    (train_x, train_y), (val_x, val_y), (test_x, _) = (parts[s] for s in ("train", "val", "test"))
-    x = [kinds(part)["cls+patch_mean"] for part in (train_x, val_x, test_x)]
-    assert x[0].shape[1] == 48
-    on_val, ours, choice = logistic(*_interleave(standardise(*x), train_y, val_y), len(index.classes), 0)
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=choice["C"], class_weight="balanced", max_iter=5000))
-    model.fit(x[0], train_y)
-    assert choice["C"] in CS
-    assert choice["converged"]
-    np.testing.assert_allclose(ours, model.predict_proba(x[2]), atol=0.02)
-    assert on_val == pytest.approx(metrics.point("balanced_accuracy", val_y, model.predict_proba(x[1])), abs=0.02)
+def stacked(parts):
+    """x, y and the rows of train, val and test, as `probe.fit` wants them."""
+    x = {kind: np.concatenate([x[kind] for x, _ in parts.values()]) for kind in ("cls", "patch_mean")}
+    ends = np.cumsum([0] + [len(y) for _, y in parts.values()])
+    return x, np.concatenate([y for _, y in parts.values()]), [np.arange(*ends[i : i + 2]) for i in range(3)]
 
 
-def _interleave(x, train_y, val_y):
-    return x[0], train_y, x[1], val_y, x[2]
+ONE_OF = kinds.choose("one-of", "abc")
 
 
-def test_linear_agrees_with_torchs_own_optimiser(parts, index, monkeypatch):
-    (train_x, train_y), (val_x, val_y), (test_x, _) = (parts[s] for s in ("train", "val", "test"))
-    x = standardise(train_x["cls"], val_x["cls"], test_x["cls"])
+def test_logistic_agrees_with_a_cold_scikit_learn_pipeline(parts):
+    x, y, (train, val, test) = stacked(parts)
+    head = probe.fit(x, y, train, val, ONE_OF, 3)
+    values = probe.readouts(x)[head.choice["features"]]
+    c = head.choice["C"]
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, class_weight="balanced", max_iter=5000))
+    model.fit(values[train], y[train])
+    assert c in probe.CS
+    assert head.choice["converged"]
+    ours = head.predict({kind: v[test] for kind, v in x.items()})
+    np.testing.assert_allclose(ours, model.predict_proba(values[test]), atol=0.02)
+    assert head.val == pytest.approx(ONE_OF.point(y[val], model.predict_proba(values[val])), abs=0.02)
+
+
+def test_two_classes_are_no_special_case(parts):
+    x, y, (train, val, _) = stacked(parts)
+    two = lambda rows: rows[y[rows] != 1]  # noqa: E731
+    head = probe.fit(x, y, two(train), two(val), ONE_OF, 3)
+    values = probe.readouts(x)[head.choice["features"]]
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=head.choice["C"], class_weight="balanced"))
+    model.fit(values[two(train)], y[two(train)])
+    expected = np.insert(model.predict_proba(values[val]), 1, 0, axis=1)
+    np.testing.assert_allclose(head.predict({kind: v[val] for kind, v in x.items()}), expected, atol=0.02)
+
+
+def test_several_labels_are_one_regression_each(parts):
+    x, y, (train, val, _) = stacked(parts)
+    many = np.eye(3, dtype=np.uint8)[y]
+    many[::4, 0] = 1
+    kind = kinds.choose("multi-label", "abc")
+    head = probe.fit(x, many, train, val, kind, 3)
+    values = probe.readouts(x)[head.choice["features"]]
+    for k in range(3):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=head.choice["C"], max_iter=2000))
+        expected = model.fit(values[train], many[train, k]).predict_proba(values[val])[:, 1]
+        np.testing.assert_allclose(head.predict({kind: v[val] for kind, v in x.items()})[:, k], expected, atol=0.02)
+    linear = probe.fit(x, many, train, val, kind, 3, method="linear")
+    assert linear.val > 0.8
+
+
+def test_linear_agrees_with_torchs_own_optimiser(parts, monkeypatch):
+    x, y, (train, val, test) = stacked(parts)
+    x = {"cls": x["cls"]}
     monkeypatch.setattr(probe, "STEPS", (40, 40))
     monkeypatch.setattr(probe, "BATCH", 16)
-    _, ours, choice = linear(*_interleave(x, train_y, val_y), 3, seed=5)
-    layer = torch.nn.Linear(x[0].shape[1], 3)
+    head = probe.fit(x, y, train, val, ONE_OF, 3, seed=5, method="linear")
+    mean, deviation = x["cls"][train].mean(0), x["cls"][train].std(0)
+    images = torch.from_numpy((x["cls"] - mean) / deviation)
+    layer = torch.nn.Linear(images.shape[1], 3)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=choice["lr"], momentum=0.9)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=head.choice["lr"], momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
-    y, counts = torch.from_numpy(train_y), np.bincount(train_y)
-    weight = torch.tensor(len(train_y) / (3 * counts), dtype=torch.float32)
+    target, counts = torch.from_numpy(y), np.bincount(y[train])
+    weight = torch.tensor(len(train) / (3 * counts), dtype=torch.float32)
     draw = torch.Generator().manual_seed(5)
-    order = torch.cat([torch.randperm(len(y), generator=draw) for _ in range(40 * 16 // len(y) + 1)])
+    order = torch.cat([torch.randperm(len(train), generator=draw) for _ in range(40 * 16 // len(train) + 1)])
     for step in range(40):
-        at = order[step * 16 : (step + 1) * 16]
-        losses = torch.nn.functional.cross_entropy(layer(torch.from_numpy(x[0])[at]), y[at], reduction="none")
+        at = train[order[step * 16 : (step + 1) * 16]]
+        losses = torch.nn.functional.cross_entropy(layer(images[at]), target[at], reduction="none")
         optimizer.zero_grad()
-        (losses * weight[y[at]]).mean().backward()
+        (losses * weight[target[at]]).mean().backward()
         optimizer.step()
         schedule.step()
-    expected = layer(torch.from_numpy(x[2])).softmax(1).detach().numpy()
-    np.testing.assert_allclose(ours, expected, atol=1e-4)
+    expected = layer(images[test]).softmax(1).detach().numpy()
+    np.testing.assert_allclose(head.predict({"cls": x["cls"][test]}), expected, atol=1e-4)
 
 
-def test_a_class_without_training_labels_gets_no_score(parts):
-    (train_x, train_y), (val_x, val_y), (test_x, _) = (parts[s] for s in ("train", "val", "test"))
-    rows = train_y != 1
-    x = standardise(train_x["cls"][rows], val_x["cls"], test_x["cls"])
-    for method in (logistic, linear):
-        scores = method(*_interleave(x, train_y[rows], val_y), 3, 0)[1]
-        assert (scores[:, 1] == 0).all()
-        np.testing.assert_allclose(scores.sum(1), 1, atol=1e-5)
+@pytest.mark.parametrize("method", ["logistic", "linear"])
+def test_a_class_without_training_labels_gets_no_score(parts, method):
+    x, y, (train, val, test) = stacked(parts)
+    head = probe.fit(x, y, train[y[train] != 1], val, ONE_OF, 3, method=method)
+    scores = head.predict({kind: v[test] for kind, v in x.items()})
+    assert (scores[:, 1] == 0).all()
+    np.testing.assert_allclose(scores.sum(1), 1, atol=1e-5)
 
 
 def test_constant_features_are_harmless():
     x = np.ones((6, 2), dtype=np.float32)
     x[:, 1] = np.arange(6)
-    train, other = standardise(x, x * 3)
-    assert (train[:, 0] == 0).all()
-    assert (other[:, 0] == 0).all()
-    assert train[:, 1].std() == pytest.approx(1)
+    mean, scale = probe.spread(x)
+    assert scale[0] == 0
+    assert ((x - mean) * scale)[:, 1].std() == pytest.approx(1)
+
+
+def test_grades_and_disease_are_judged_in_their_own_terms(evaluate, capsys, index, tmp_path):
+    result = evaluate("knn", "--k", 3, "--grades", "red", "brown", "blue", "--positive", "red", "brown")
+    assert list(result.about["data"]["classes"]) == ["red", "brown", "blue"]
+    assert result.about["selected"]["by"] == "quadratic_kappa"
+    found = result.predictions()
+    said = found["scores"][0].argmax(1)
+    kappa = cohen_kappa_score(found["y"], said, weights="quadratic")
+    assert result.metrics["quadratic_kappa"].value == pytest.approx(kappa)
+    ill = found["scores"][0][:, :2].sum(1)
+    assert result.metrics["disease_auroc"].value == pytest.approx(roc_auc_score(found["y"] < 2, ill))
+    assert result.metrics["sensitivity"].value == pytest.approx(recall_score(found["y"] < 2, ill > 0.5))
+    assert result.metrics["specificity"].value == pytest.approx(recall_score(found["y"] == 2, ill <= 0.5))
+    assert kinds.of(result.about).metrics.keys() == result.metrics.keys()
+    base = ["knn", "--backbone", "histogram", "--data", str(index.root), "--out", str(tmp_path / "o")]
+    assert main([*base, "--grades", "red", "blue"]) == 2
+    assert "the data has blue, brown, red" in capsys.readouterr().err
+    assert main([*base, "--positive", "mel"]) == 2
+    assert "--positive mel: no such class here; there are blue, brown, red" in capsys.readouterr().err
+
+
+def test_several_labels_an_image(evaluate, new_index, table):
+    """Every third image shows a second finding; val scores are kept beside those of test."""
+    other = {"blue": "red", "brown": "blue", "red": "brown"}
+    many = [
+        {**row, "label": f"{row['label']}|{other[row['label']]}"} if i % 3 == 0 else row for i, row in enumerate(table)
+    ]
+    data = new_index(many)
+    for verb, protocol in (("knn", "knn"), ("probe", "logistic"), ("probe", "linear")):
+        result = evaluate(
+            verb, "--multi-label", "--labels", 0.5, data=data.root, protocol=protocol, backbone="histogram"
+        )
+        assert set(result.metrics) == {"macro_auroc", "average_precision"}
+        assert result.metrics["macro_auroc"].value > 0.6
+        found = result.predictions()
+        assert found["y"].shape == found["scores"][0].shape
+        assert found["y"].sum(1).max() == 2
+        assert found["val_scores_0"].shape == found["val_y_0"].shape
+        on_val = kinds.of(result.about).point(found["val_y_0"], found["val_scores_0"])
+        assert on_val == pytest.approx(result.about["selected"]["choices"][0]["val"], abs=1e-3)
 
 
 @pytest.mark.parametrize(("verb", "protocols"), [("knn", ["knn"]), ("probe", ["logistic", "linear"])])
@@ -244,7 +318,9 @@ def test_several_labels_an_image_are_refused_by_name(new_index, table, tmp_path,
     if len(data.read(0).labels) == 1 and not any(len(data.read(i).labels) > 1 for i in range(len(data))):
         pytest.fail("the table's several labels did not arrive; write them as shards.build wants them")
     assert main(["knn", "--backbone", "histogram", "--data", str(data.root), "--out", str(tmp_path / "o")]) == 2
-    assert "1 images have several labels" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "1 images have several labels" in error
+    assert "--multi-label" in error
 
 
 def test_results_json_holds_no_nan(evaluate):
