@@ -223,10 +223,9 @@ def test_frozen_blocks_do_not_move_and_the_others_do(work):
     moved = {name for name in start if (start[name] != now[name]).any()}
     assert moved == {name for name in start if name.startswith(("blocks.1.", "norm."))}
     assert set(trained.state) == {f"model.{name}" for name in moved} | {"head.fc.weight", "head.fc.bias"}
-    assert adapters.build(work.encoder, Change("partial", freeze_blocks=2), all_present(work)).moving().keys() == {
-        "head.fc.weight",
-        "head.fc.bias",
-    }
+    for rest in (2, adapters.ALL):
+        head_only = adapters.build(work.encoder, Change("partial", freeze_blocks=rest), all_present(work))
+        assert head_only.moving().keys() == {"head.fc.weight", "head.fc.bias"}
     everything = adapters.build(work.encoder, Change("partial", freeze_blocks=0), all_present(work))
     assert len(everything.moving()) == len(list(everything.parameters()))
     source = work.encoder.model.state_dict()  # type: ignore[union-attr]
@@ -306,7 +305,7 @@ def test_known_pretraining_images_are_handed_on_with_those_trained_on(evaluate, 
 
 def test_a_run_and_a_released_architecture_can_be_adapted(evaluate, run_folder, tmp_path):
     for at, spec in enumerate((run_folder, "random:resnet10t")):
-        evaluate("full", "--size", 32, backbone=spec, out=tmp_path / str(at))
+        evaluate("full", "--size", 32, "--epochs", 1, "--steps", 1, backbone=spec, out=tmp_path / str(at))
 
 
 def test_a_folder_that_would_not_load_the_same_is_not_left_behind(work, tmp_path, monkeypatch):
@@ -328,7 +327,7 @@ def test_early_stopping_stops_and_the_best_epoch_comes_back(work, monkeypatch):
     monkeypatch.setattr(type(work.kind), "point", lambda self, y, scores: next(said))
     classifier = adapters.build(work.encoder, Change("full"), all_present(work))
     states = []
-    recipe = replace(QUICK, epochs=50, patience=2)
+    recipe = replace(QUICK, epochs=50, patience=2, steps=1, batch=64)
     keep = lambda epoch, val: states.append(training._state(classifier))  # noqa: E731
     found = training.train(classifier, work, work.split(0), recipe, 1e-3, 0, keep)
     assert [entry["val"] for entry in found.history] == [0.2, 0.2, 0.5, 0.4, 0.5]
@@ -339,7 +338,8 @@ def test_early_stopping_stops_and_the_best_epoch_comes_back(work, monkeypatch):
 
 def test_the_same_seed_trains_the_same_network(work):
     train, val = work.split(0)
-    a, b, other = (adapt.fit(work, train, val, plan("lora"), seed) for seed in (3, 3, 4))
+    short = replace(QUICK, epochs=1, batch=32)
+    a, b, other = (adapt.fit(work, train, val, plan("lora", recipe=short), seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(a.predict(work.test), b.predict(work.test))
     assert (a.predict(work.test) != other.predict(work.test)).any()
 
