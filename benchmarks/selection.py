@@ -24,7 +24,7 @@ from finetune.backbones import load
 from finetune.features import Features, default_cache, extract
 from finetune.metrics import Interval, balanced_accuracy, bootstrap
 from finetune.strategies import Pick
-from finetune.task import _device
+from finetune.task import device_of
 from shards.index import Index
 
 Array = np.ndarray
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     add("--device", default="auto")
     args = parser.parse_args(arguments)
     index = Index.open(args.data)
-    encoder = load(args.backbone, device=_device(args.device))
+    encoder = load(args.backbone, device=device_of(args.device))
     numbers = np.concatenate([index.select([split]) for split in ("train", "val", "test")])
     numbers = numbers[index.column("label")[numbers] >= 0]
     features = extract(encoder, index, numbers, cache=default_cache())

@@ -12,21 +12,22 @@ from shards.errors import DataError
 VERBS = {
     "knn": "k nearest neighbours on frozen features; nothing is trained",
     "probe": "logistic regression and a linear probe on frozen features",
+    "fewshot": "k labelled images a class, drawn many times: how few labels will do",
+    "zeroshot": "classes that were never labelled, known by their names in words",
+    "retrieve": "find similar cases: precision@k, mAP, and a page of queries with answers",
+    "segment": "masks from frozen patches: linear, k-NN and UPerNet heads; IoU and Dice",
     "adapt": "train the backbone on the labels: full, LoRA, LP-FT or in part",
     "scaling": "how many labels it takes: shares of them x methods x seeds, as curves",
-    "drift": "have the images changed since training, and is retraining due?",
-    "select": "which images to have labelled next, as a table for the annotators",
-    "explain": "for a case: where the backbone looks, and its nearest labelled cases",
-    "fewshot": "k labelled images a class, drawn many times: how few labels will do",
-    "retrieve": "find similar cases: precision@k, mAP, and a page of queries with answers",
-    "zeroshot": "classes that were never labelled, known by their names in words",
+    "crossdomain": "other hospitals: train here, test there; what an unseen one costs",
+    "robust": "worse photographs: blur, noise, hair ...; what the clean head loses on them",
     "fair": "is a result as good for every kind of patient? subgroups, gaps, worst group",
     "calibrate": "are its probabilities to be believed? errors, thresholds, prediction sets",
     "compare": "is one backbone better than another? paired tests on the same patients",
-    "robust": "worse photographs: blur, noise, hair ...; what the clean head loses on them",
-    "crossdomain": "other hospitals: train here, test there; what an unseen one costs",
-    "segment": "masks from frozen patches: linear, k-NN and UPerNet heads; IoU and Dice",
     "efficiency": "a few labelled masks, or a prompt a case? agreement of measurements, and cost",
+    "explain": "for a case: where the backbone looks, and its nearest labelled cases",
+    "drift": "have the images changed since training, and is retraining due?",
+    "select": "which images to have labelled next, as a table for the annotators",
+    "study": "rerun a published study on your own images: its steps, its figures, one page",
     "report": "collect results into one table and one HTML page",
 }
 EXAMPLES = """
@@ -36,6 +37,8 @@ examples:
   python -m finetune probe --backbone timm:vit_small_patch14_dinov2 --data data/derm --out results/dinov2-s
   python -m finetune probe --backbone random:models/derm-s --data data/derm --out results/random     (null baseline)
   python -m finetune probe --backbone histogram --data data/derm --out results/histogram             (null baseline)
+  python -m finetune compare results/*/logistic --out results          (paired over patients)
+  python -m finetune study derm-suite data=data/derm backbones=models/derm-s,histogram --out results/suite
   python -m finetune report results --out results/report.html
 
 Train labels teach, val labels choose hyper-parameters, test labels are read once. Intervals resample patients or

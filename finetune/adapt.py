@@ -44,7 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mode", required=True, choices=MODES, help="what moves")
     add_training_arguments(parser)
     add = parser.add_argument_group("mode partial").add_argument
-    add("--freeze-blocks", type=int, metavar="N", help="the first N blocks rest (half of them)")
+    blocks = lambda word: adapters.ALL if word == "all" else int(word)  # noqa: E731
+    add("--freeze-blocks", type=blocks, metavar="N", help="the first N blocks rest, or all (half of them)")
     add("--drop-blocks", type=int, default=0, metavar="N", help="the last N blocks go (0)")
     add("--head", choices=("linear", "deit"), default="linear", help="deit: a small transformer on the patches")
     add("--head-blocks", type=int, default=12, metavar="N", help="depth of that transformer (12: DeiT-Ti)")

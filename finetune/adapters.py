@@ -24,13 +24,14 @@ from hybridssl.views import normalise
 LORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.1}  # 2508.04441
 LORA_TARGETS = ("qkv", "q_proj", "k_proj", "v_proj", "proj", "fc1", "fc2", "fc1_g", "fc1_x")  # timm's names
 DEIT_WIDTH, DEIT_HEADS = 192, 3  # DeiT-Ti (Touvron et al., 2012.12877, table 1)
+ALL = -1  # blocks to freeze
 ABSENT = -1e4  # logit of a class that was not trained on: its probability is exactly 0, and 0 x it is still a number
 
 
 @dataclass(frozen=True)
 class Change:
     mode: str  # full | lora | lpft | partial
-    freeze_blocks: int | None = None  # partial: the first blocks, and the embedding below them, rest; None: half
+    freeze_blocks: int | None = None  # partial: the first blocks, and the embedding below, rest; None: half; or ALL
     drop_blocks: int = 0  # partial: the last blocks go
     head: str = "linear"  # partial: linear | deit
     head_blocks: int = 12  # depth of the deit head
@@ -180,7 +181,8 @@ def cut(name: str, model: nn.Module, change: Change) -> None:
     if not isinstance(blocks, nn.Sequential | nn.ModuleList):
         raise UserError(f"{name} is not a stack of blocks, which --mode partial cuts: use --mode full or lora")
     kept = len(blocks) - change.drop_blocks
-    frozen = kept // 2 if change.freeze_blocks is None else change.freeze_blocks
+    frozen = {None: kept // 2, ALL: kept}.get(change.freeze_blocks, change.freeze_blocks)
+    assert frozen is not None
     if not 0 < kept <= len(blocks):
         raise UserError(f"--drop-blocks {change.drop_blocks}: {name} has {len(blocks)} blocks, and one must remain")
     if not 0 <= frozen <= kept:

@@ -30,18 +30,19 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from finetune import study, task
+from finetune import heads, task, written
 from finetune.columns import meta_column
 from finetune.crossdomain_page import page
 from finetune.domains import CLASS_IMAGES, Gap, Head, Pair, Pool, eligible, judge, mean
 from finetune.splits import Leaks, guard
 from hybridssl.errors import UserError
+from shards.index import Index
 
 Array = np.ndarray
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    study.add_arguments(parser)
+    heads.add_arguments(parser)
     add = parser.add_argument
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--by", default="source", metavar="COLUMN", help="column that says the domain (source)")
@@ -143,9 +144,10 @@ def renames(rules: list[str], ours: tuple[str, ...], theirs: tuple[str, ...]) ->
 
 
 def domain_names(args: argparse.Namespace) -> tuple[str, str]:
-    """The folders' names, as names of the two indexes."""
-    ours, theirs = args.data.resolve().name, args.to.resolve().name
-    return ours, theirs if theirs != ours else f"{theirs}-2"
+    """What the two indexes are called: by their one source, or else by their folders."""
+    indexes = [Index.open(path) for path in (args.data, args.to)]
+    ours, theirs = (i.sources[0] if len(i.sources) == 1 else i.root.resolve().name for i in indexes)
+    return (ours, theirs) if ours != theirs else (ours, f"{theirs}-2")
 
 
 # -- judging ----------------------------------------------------------------------------------------------------------
@@ -161,13 +163,13 @@ def study_domains(
     homes = [Pair(d, (d,), (d,)) for d in kept]  # the diagonal: at home, among all classes of the place
     pairs = [*held_out, *transfers, *homes]
     wanted: list[Head] = list(dict.fromkeys(head for pair in pairs for head in (pair.home, pair.away)))
-    x_test, scores, taught = study.take(pool.x, pool.test), {}, {}
+    x_test, scores, taught = heads.take(pool.x, pool.test), {}, {}
     choices: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
     for head in track(wanted, f"{method} heads", console=Console(stderr=True), transient=True):
         fitted = []
         for seed, choice in zip(seeds, choices, strict=True):
             train, val = pool.parts(seed, *head)
-            fitted.append(study.fit(method, pool.x, pool.y, train, val, pool.kind, len(pool.classes), seed))
+            fitted.append(heads.fit(method, pool.x, pool.y, train, val, pool.kind, len(pool.classes), seed))
             choice[" + ".join(head)] = {**fitted[-1].choice, "val": round(fitted[-1].val, 4)}
         scores[head] = np.stack([f.predict(x_test) for f in fitted])
         taught[head] = [pool.parts(seed, *head)[0] for seed in seeds]
@@ -197,9 +199,9 @@ def study_domains(
     notes += [f"left out, {name}: {reason}" for name, reason in skipped.items()]
     lost = [d for d in kept if d not in apart]
     notes += [f"{d} shares fewer than two classes with the others: not judged as unseen" for d in lost]
-    selected = {"grid": study.GRIDS[method], "choices": choices}
+    selected = {"grid": heads.GRIDS[method], "choices": choices}
     arrays = _unseen(work, pool, held_out, scores)
-    result = study.write(work, protocol, figures, selected, used, arrays, notes, detail=detail, **more)
+    result = written.write(work, protocol, figures, selected, used, arrays, notes, detail=detail, **more)
     page(result)
 
 
@@ -215,7 +217,7 @@ def _sizes(pool: Pool, domain: str, seed: int) -> dict[str, Any]:
 
 def _row(gap: Gap) -> dict[str, Any]:
     parts = {"home": gap.home, "away": gap.away, "gap": gap.gap}
-    figures = {name: study.as_dict(draws.interval) for name, draws in parts.items()}
+    figures = {name: heads.as_dict(draws.interval) for name, draws in parts.items()}
     return {**figures, "classes": gap.classes, "images": gap.images}
 
 

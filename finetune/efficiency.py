@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
-    index, device = Index.open(args.data), task._device(args.device)
+    index, device = Index.open(args.data), task.device_of(args.device)
     numbers = {split: own for split, own in masked_splits(index, args.source)[0].items() if split != "val"}
     encoder = load_encoder(args.backbone, args.seeds[0], device, args.size)
     leaks = guard(find_leaks(index, numbers, encoder.digests), args.allow_leak)
@@ -137,7 +137,7 @@ def finish(
     detail = about["detail"]
     detail |= {"arms": [describe(arm, truth, draws) for arm in arms], "comparisons": compare(arms, draws)}
     detail["said"] = efficiency_page.said(detail)
-    about["cost"] |= {"seconds": round(time.monotonic() - started, 2), "peak_memory_mb": task._peak_mb()}
+    about["cost"] |= {"seconds": round(time.monotonic() - started, 2), "peak_memory_mb": task.peak_mb()}
     found = {name: draws[f"{arm}: {statistic}"].interval for name, arm, statistic in headline(arms, detail)}
     arrays = {"group": samples.group[test], "number": samples.numbers[test]}
     arrays |= {f"truth_{name}": truth.values[name] for name in NAMES}

@@ -95,7 +95,7 @@ def _judge(work: task.Task, method: str, scores: dict[int, Array], have: Array) 
     fixed = {"method": SAID[method], "episodes": work.args.episodes, "shots": list(scores), "features": "cls, CL2N"}
     labels = [int(np.minimum(have, most).sum())] * len(work.args.seeds)
     detail = {"shots": list(scores), "episodes": each}
-    path, about = written.write(work, PROTOCOLS[method], found, fixed, labels, notes, detail, scores=scores[most])
+    path, about = written.write_fixed(work, PROTOCOLS[method], found, fixed, labels, notes, detail, scores=scores[most])
     page(about, found, path).write(path.with_name("report.html"))
 
 

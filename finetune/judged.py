@@ -94,10 +94,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def find(folders: Iterable[Path]) -> list[Judged]:
     """All results in and below the folders, but those that judge others themselves. UserError when there is none."""
     folders = list(folders)
-    found = [read(result) for result in results.find(folders) if "judged" not in result.about]
+    found = [read(result) for result in results.find(folders) if "judged" not in result.about and _scored(result)]
     if not found:
-        raise UserError(f"{', '.join(map(str, folders))}: only results that judge others; name one of knn, probe, ...")
+        named = ", ".join(map(str, folders))
+        raise UserError(
+            f"{named}: only results that judge others, or have no class scores; name one of knn, probe, ..."
+        )
     return found
+
+
+def _scored(result: Result) -> bool:
+    """Whether there are class scores to judge: masks, drift and choices of images have none."""
+    task = result.about.get("task", {"kind": kinds.NAMES[0]})  # an old result says nothing: `read` will tell its user
+    return task is not None and task["kind"] in kinds.NAMES
 
 
 def read(result: Result) -> Judged:
@@ -131,10 +140,15 @@ def cell(metric: Interval, path: Path, page: Path, signed: bool = False) -> Mark
     """A value with its interval for a page's table, linked to the results.json at `path`; None for NaN."""
     if np.isnan(metric.value):
         return None
-    address = quote(Path(os.path.relpath(path, page.parent)).as_posix())  # quoted: no scheme, no markup
     form = "+.3f" if signed else ".3f"
     ends = "" if np.isnan(metric.low) else f" [{metric.low:{form}},&nbsp;{metric.high:{form}}]"
-    return Markup(f'<a href="{escape(address)}">{metric.value:{form}}</a>{ends}')
+    return Markup(f"{link(format(metric.value, form), path, page)}{ends}")
+
+
+def link(text: str, path: Path, page: Path) -> Markup:
+    """A link from a page to a file; quoted: no scheme, no markup."""
+    address = quote(Path(os.path.relpath(path, page.parent)).as_posix())
+    return Markup(f'<a href="{escape(address)}">{escape(text)}</a>')
 
 
 def warn(page: Page, about: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from finetune.metrics import Metric
 from hybridssl.errors import UserError
 
 Array = np.ndarray
+NAMES = ("one-of", "multi-label", "grades")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Kind:
 
 def choose(name: str, classes: Sequence[str], positive: Sequence[str] = ()) -> Kind:
     """The kind by its name, over `classes` in the order of the scores. UserError for an unknown positive class."""
+    if name not in NAMES:
+        raise UserError(f"a result on {name} has no class scores: this is for {', '.join(NAMES)}")
     missing = [c for c in positive if c not in classes]
     if missing:
         raise UserError(f"--positive {' '.join(missing)}: no such class here; there are {', '.join(classes)}")

@@ -14,7 +14,7 @@ from finetune.backbones import load
 from finetune.encoder import Encoder
 from finetune.features import Features, default_cache, extract
 from finetune.splits import Leaks
-from finetune.task import _device, _peak_mb
+from finetune.task import device_of, peak_mb
 from shards.index import Index
 
 Array = np.ndarray
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, data: str) -> None:
 
 
 def open_encoder(args: argparse.Namespace) -> Encoder:
-    return load(args.backbone, seed=args.seed, device=_device(args.device), size=args.size)
+    return load(args.backbone, seed=args.seed, device=device_of(args.device), size=args.size)
 
 
 def features_of(args: argparse.Namespace, encoder: Encoder, index: Index, numbers: Array) -> Features:
@@ -84,4 +84,4 @@ def about(protocol: str, encoder: Encoder, index: Index, parts: dict[str, Featur
 
 def cost(started: float, labels: int = 0) -> dict[str, Any]:
     used = {"train": [labels], "val": [0]}
-    return {"seconds": round(time.monotonic() - started, 2), "labels_used": used, "peak_memory_mb": _peak_mb()}
+    return {"seconds": round(time.monotonic() - started, 2), "labels_used": used, "peak_memory_mb": peak_mb()}

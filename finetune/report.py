@@ -6,14 +6,12 @@ import argparse
 import csv
 import io
 import math
-import os
-from html import escape
 from pathlib import Path
-from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
 
+from finetune.judged import cell, link
 from finetune.metrics import Interval
 from finetune.results import Result, find
 from hybridssl.charts import intervals
@@ -21,11 +19,24 @@ from hybridssl.errors import UserError
 from hybridssl.page import Markup, Page
 from hybridssl.run import write_text
 
-HEADLINE = "balanced_accuracy"
+WIDE = 9  # a result with more figures than this is named and linked; its own page shows them
 ABOUT = {
     "knn": "k nearest neighbours: what the features put side by side, with nothing trained on them.",
     "logistic": "Logistic regression on frozen features: how much a simple classifier reads out of them.",
     "linear": "A linear layer trained by SGD on frozen features, as DINOv2 reports it.",
+    "fewshot": "A few labelled images a class, drawn many times: nearest class mean.",
+    "retrieve": "Similar cases: of those found first, how many share the label.",
+    "efficiency": "A head trained on N masks against a prompted model, by agreement of the measurements.",
+    "explain": "Nearest labelled cases: how often they share the label.",
+    "drift": "A new index against the one the backbone knows.",
+    "select": "Which images to have labelled next.",
+    "adapt-full": "The whole backbone trained on the labels.",
+    "adapt-lora": "Low-rank updates of the backbone trained on the labels (LoRA).",
+    "adapt-lpft": "The head first, then the whole backbone (LP-FT).",
+    "adapt-partial": "A part of the backbone, or a head on top of it, trained on the labels.",
+    "segment_linear": "Masks from frozen patches by one linear layer.",
+    "segment_knn": "Masks from frozen patches by their nearest training patches.",
+    "segment_upernet": "Masks from four frozen blocks by a UPerNet head.",
 }
 
 
@@ -45,9 +56,11 @@ def run(args: argparse.Namespace) -> None:
     page(found, args.out, args.title).write(args.out)
     table = args.out.with_suffix(".csv")
     write_text(table, as_csv(found))
-    terminal = Table("protocol", "labels", "backbone", "balanced accuracy, test")
+    terminal = Table("protocol", "labels", "backbone", "test")
     for result in found:
-        terminal.add_row(result.protocol, share(result), label(result), str(result.metrics.get(HEADLINE, "-")))
+        name = headline(result)
+        value = f"{name.replace('_', ' ')} {result.metrics[name]}" if name else "-"
+        terminal.add_row(result.protocol, share(result), label(result), value)
     Console().print(terminal)
     Console().print(f"written: {args.out} and {table}", markup=False, soft_wrap=True)
 
@@ -56,10 +69,16 @@ def order(found: list[Result]) -> list[Result]:
     """By data, protocol and share of labels (all first); the best first inside."""
 
     def key(result: Result) -> tuple:
-        data, value = result.about["data"], _rank(result.metrics.get(HEADLINE))
+        data, value = result.about["data"], _rank(result.metrics.get(headline(result)))
         return data["sha256"], data["source"] or "", result.protocol, -data["labels"], -value
 
     return sorted(found, key=key)
+
+
+def headline(result: Result) -> str:
+    """The metric that stands for a result: the one that chose, or the first it has; "" when it has none."""
+    by = (result.about.get("task") or {}).get("select_by", "balanced_accuracy")
+    return by if by in result.metrics else next(iter(result.metrics), "")
 
 
 def label(result: Result) -> str:
@@ -69,7 +88,7 @@ def label(result: Result) -> str:
 
 
 def share(result: Result) -> str:
-    used = result.about["cost"]["labels_used"]["train"]
+    used = result.about["cost"]["labels_used"]["train"] or [0]
     return f"{100 * result.about['data']['labels']:.3g} % ({round(sum(used) / len(used)):,})"
 
 
@@ -84,9 +103,11 @@ def page(found: list[Result], out: Path, title: str) -> Page:
         html.section(name, "Synthetic images." if data["synthetic"] else "")
         groups = data["groups"]
         html.facts([(s, f"{count:,} images, {groups[s]:,} groups") for s, count in data["splits"].items()])
-        html.figures([_chart(rows) for rows in _by(here, "labels")])
-        for rows in _by(here):
+        narrow = [r for r in here if len(r.metrics) <= WIDE]
+        html.figures([_chart(rows) for rows in _by(narrow, "labels")])
+        for rows in _by(narrow):
             _table(html, rows, out)
+        _links(html, [r for r in here if len(r.metrics) > WIDE], out)
         counts = [[label, *(per.get(s, 0) for s in data["splits"])] for label, per in data["classes"].items()]
         html.table(["class", *data["splits"]], counts, caption="Labelled images a class")
     return html
@@ -105,9 +126,10 @@ def _by(results: list[Result], *columns: str) -> list[list[Result]]:
 
 
 def _chart(rows: list[Result]) -> tuple[Markup, str]:
-    bars = [(label(r), m.value, m.low, m.high) for r in rows if (m := r.metrics.get(HEADLINE))]
+    name = headline(rows[0])
+    bars = [(label(r), m.value, m.low, m.high) for r in rows if (m := r.metrics.get(name))]
     title = f"{rows[0].protocol}, {100 * rows[0].about['data']['labels']:.3g} % of the train labels"
-    return intervals(bars, title), HEADLINE.replace("_", " ")
+    return intervals(bars, title), name.replace("_", " ")
 
 
 def _warnings(html: Page, found: list[Result]) -> None:
@@ -142,7 +164,7 @@ def _table(html: Page, rows: list[Result], out: Path) -> None:
     ]
     lines = [
         [
-            label(row),
+            _named(row, out),
             share(row),
             *(_cell(row, m, out) for m in metrics),
             chosen(row),
@@ -151,8 +173,28 @@ def _table(html: Page, rows: list[Result], out: Path) -> None:
         for row in rows
     ]
     header = ["backbone", "train labels", *(name.replace("_", " ") for name in metrics), "chosen on val", "seconds"]
-    html.text(f"{rows[0].protocol}: {ABOUT.get(rows[0].protocol, '')}")
+    about = ABOUT.get(rows[0].protocol)
+    html.text(f"{rows[0].protocol}: {about}" if about else rows[0].protocol)
     html.table(header, lines, strong=strong)
+
+
+def _links(html: Page, rows: list[Result], out: Path) -> None:
+    """Results that have a page of their own and too many figures for a table: their headline, linked."""
+    lines = []
+    for row in rows:
+        name = headline(row)
+        lines.append([row.protocol, _named(row, out), share(row), name.replace("_", " "), _cell(row, name, out)])
+    if lines:
+        html.text("Results with more figures than a table holds: their own pages show them.")
+        html.table(["protocol", "backbone", "train labels", "metric", "test"], lines)
+
+
+def _named(result: Result, out: Path) -> str | Markup:
+    """The backbone, linked to the result's own page where there is one."""
+    page = result.path.with_name("report.html")
+    if not page.is_file():
+        return label(result)
+    return link(label(result), page, out)
 
 
 def _rank(metric: Interval | None) -> float:
@@ -161,10 +203,7 @@ def _rank(metric: Interval | None) -> float:
 
 def _cell(result: Result, name: str, out: Path) -> Markup | None:
     metric = result.metrics.get(name)
-    if metric is None or math.isnan(metric.value):
-        return None  # the page shows a dash
-    address = quote(Path(os.path.relpath(result.path, out.parent)).as_posix())  # quoted: no scheme, no markup
-    return Markup(f'<a href="{escape(address)}">{metric.value:.3f}</a> [{metric.low:.3f},&nbsp;{metric.high:.3f}]')
+    return metric and cell(metric, result.path, out)
 
 
 def chosen(result: Result) -> str:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     numbers = work.features.numbers
     found = {name: d.interval for name, d in draws.items()}
     nearest = [np.where(r.nearest < 0, -1, numbers[a[r.nearest]]) for r, a in zip(ranked, answers, strict=True)]
-    path, about = written.write(
+    path, about = written.write_fixed(
         work,
         "retrieve",
         found,

@@ -18,7 +18,7 @@ import difflib
 
 import numpy as np
 
-from finetune import metrics, study, task
+from finetune import heads, metrics, task, written
 from finetune.corruptions import NAMES, SEVERITIES, VERSION, change, names
 from finetune.features import default_cache, extract
 from finetune.metrics import Metric
@@ -31,7 +31,7 @@ Fault = tuple[str, int]  # a corruption and its severity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    study.add_arguments(parser)
+    heads.add_arguments(parser)
     add = parser.add_argument
     add("--corruptions", nargs="+", metavar="NAME", help=f"which faults ({' '.join(NAMES)})")
     add("--severities", nargs="+", type=int, choices=SEVERITIES, default=list(SEVERITIES), help="which (1 2 3 4 5)")
@@ -77,32 +77,32 @@ def judge(work: task.Task, method: str, protocol: str, x: dict[Fault, dict[str, 
     """Fit on clean images, score every fault, and write result and page."""
     test, count = work.test, len(work.classes)
     splits = [work.split(seed) for seed in work.args.seeds]
-    heads = [
-        study.fit(method, work.features.x, work.y, train, val, work.kind, count, seed)
+    fitted = [
+        heads.fit(method, work.features.x, work.y, train, val, work.kind, count, seed)
         for seed, (train, val) in zip(work.args.seeds, splits, strict=True)
     ]
-    clean = np.stack([head.predict(study.take(work.features.x, test)) for head in heads])  # [S, N, K]
-    scores = {fault: np.stack([head.predict(values) for head in heads]) for fault, values in x.items()}
+    clean = np.stack([head.predict(heads.take(work.features.x, test)) for head in fitted])  # [S, N, K]
+    scores = {fault: np.stack([head.predict(values) for head in fitted]) for fault, values in x.items()}
     y, group = work.y[test], work.features.group[test]
     found = metrics.bootstrap(y, clean, group, work.kind.metrics)
     detail, drops = drops_of(y, clean, scores, group, work.kind.metrics[work.kind.select_by])
     detail = {"metric": work.kind.select_by, "method": method, "version": VERSION, **detail}
     choices = [
         {"seed": seed, **head.choice, "val": round(head.val, 4)}
-        for seed, head in zip(work.args.seeds, heads, strict=True)
+        for seed, head in zip(work.args.seeds, fitted, strict=True)
     ]
     used = {"train": [len(train) for train, _ in splits], "val": [len(val) for _, val in splits]}
     arrays = {"scores": clean.astype(np.float32), "y": y, "group": group, "number": work.features.numbers[test]}
     arrays |= {f"scores/{name}-{s}": values.astype(np.float32) for (name, s), values in scores.items()}
     for s, (_, val) in enumerate(splits):  # on which calibrate can set a temperature, as for any other result
-        own = heads[s].predict(study.take(work.features.x, val)).astype(np.float32)
+        own = fitted[s].predict(heads.take(work.features.x, val)).astype(np.float32)
         arrays |= {f"val_scores_{s}": own, f"val_y_{s}": work.y[val]}
         arrays |= {f"val_group_{s}": work.features.group[val], f"val_number_{s}": work.features.numbers[val]}
-    result = study.write(
+    result = written.write(
         work,
         protocol,
         found | drops,
-        {"grid": study.GRIDS[method], "choices": choices},
+        {"grid": heads.GRIDS[method], "choices": choices},
         used,
         arrays,
         [
@@ -133,8 +133,8 @@ def drops_of(
         {
             "corruption": name,
             "severity": s,
-            "value": study.as_dict(draws[f"{name} {s}"].interval),
-            "drop": study.as_dict(drop[name, s].interval),
+            "value": heads.as_dict(draws[f"{name} {s}"].interval),
+            "drop": heads.as_dict(drop[name, s].interval),
         }
         for name, s in scores
     ]
@@ -142,7 +142,7 @@ def drops_of(
         f"drop_{n}": _mean([drop[f] for f in drop if f[0] == n]).interval for n in dict.fromkeys(n for n, _ in drop)
     }
     found = {"mean_drop": _mean(list(drop.values())).interval, **by_name}
-    return {"clean": study.as_dict(draws["clean"].interval), "rows": rows}, found
+    return {"clean": heads.as_dict(draws["clean"].interval), "rows": rows}, found
 
 
 def _mean(draws: list[Draws]) -> Draws:

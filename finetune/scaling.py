@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from finetune import adapt, adapters, results, scaling_page, study, task
+from finetune import adapt, adapters, heads, results, scaling_page, task, written
 from finetune.adapters import Change
 from finetune.encoder import Encoder
 from finetune.resample import Draws, holm, resample
@@ -33,7 +33,7 @@ from hybridssl.errors import UserError
 
 Array = np.ndarray
 SHARES = (0.001, 0.01, 0.1, 1.0)
-METHODS = (*sorted(study.GRIDS), *(f"adapt-{mode}" for mode in adapt.MODES if mode != "partial"))
+METHODS = (*sorted(heads.GRIDS), *(f"adapt-{mode}" for mode in adapt.MODES if mode != "partial"))
 USUAL = ("knn", "logistic", "linear", "adapt-full", "adapt-lora")
 
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 def settings_of(args: Namespace, method: str) -> dict[str, Any]:
     """All that a cell depends on beside backbone, data, share and seeds, as JSON gives it back."""
     mode = method.removeprefix("adapt-")
-    chosen = study.GRIDS[method] if method in study.GRIDS else adapt.plan_of(args, Change(mode)).as_dict()
+    chosen = heads.GRIDS[method] if method in heads.GRIDS else adapt.plan_of(args, Change(mode)).as_dict()
     return json.loads(json.dumps(chosen))
 
 
@@ -124,11 +124,11 @@ def compute(work: Task, share: float, method: str, settings: dict[str, Any], arg
     parameters = None
     for seed in args.seeds:
         train, val = cell.split(seed)
-        if method in study.GRIDS:
+        if method in heads.GRIDS:
             x = work.features.x
-            head = study.fit(method, x, work.y, train, val, work.kind, len(work.classes), seed)
-            scores.append(head.predict(study.take(x, work.test)))
-            val_scores.append(head.predict(study.take(x, val)))
+            head = heads.fit(method, x, work.y, train, val, work.kind, len(work.classes), seed)
+            scores.append(head.predict(heads.take(x, work.test)))
+            val_scores.append(head.predict(heads.take(x, val)))
             choices.append({**head.choice, "val": round(head.val, 4)})
         else:
             plan = adapt.plan_of(args, Change(method.removeprefix("adapt-")))
@@ -162,7 +162,7 @@ def write(work: Task, cells: list[Result], skipped: list[str]) -> None:
     arrays = {"drawn": np.stack([drawn.drawn for drawn, _ in draws]), "number": work.features.numbers[work.test]}
     detail = {"metric": metric, "rows": rows, "paired": paired(rows, [drawn for drawn, _ in draws])}
     selected = {"grid": grid, "choices": choices}
-    result = study.write(work, "scaling", found, selected, labels, arrays, notes, detail=detail)
+    result = written.write(work, "scaling", found, selected, labels, arrays, notes, detail=detail)
     Console().print(f"page: {scaling_page.page(result)}", markup=False, soft_wrap=True)
 
 
@@ -190,7 +190,7 @@ def row_of(cell: Result, drawn: Draws, each: list[float], work: Task) -> dict[st
         "method": cell.protocol,
         "share": about["data"]["labels"],
         "labels": round(float(np.mean(used)), 1),
-        **study.as_dict(drawn.interval),
+        **heads.as_dict(drawn.interval),
         "seeds": each,
         "seconds": about["cost"]["seconds"],
         "parameters": (about["detail"]["parameters"] or {}).get("trainable"),
@@ -210,7 +210,7 @@ def paired(rows: list[dict[str, Any]], draws: list[Draws]) -> list[dict[str, Any
         for other in sorted(others & at.keys()):
             gap = draws[n] - draws[at[other]]
             keys = {"share": share, "a": [name, how], "b": list(other[:2])}
-            found.append({**keys, **study.as_dict(gap.interval), "p": gap.p})
+            found.append({**keys, **heads.as_dict(gap.interval), "p": gap.p})
     for entry, p in zip(found, holm([entry["p"] for entry in found]), strict=True):
         entry["p_holm"] = p
     return found

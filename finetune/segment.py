@@ -90,7 +90,7 @@ def prepare_masks(args: argparse.Namespace, name: str = "segment_{}") -> Masked:
     _check(args)
     started, index = time.monotonic(), Index.open(args.data)
     numbers, without = masked_splits(index, args.source)
-    device = task._device(args.device)
+    device = task.device_of(args.device)
     encoder = load_encoder(args.backbone, args.seeds[0], device, args.size)
     heads, notes = tuple(args.heads or HEADS), []
     if "upernet" in heads and block_maps(encoder) is None:
@@ -182,7 +182,7 @@ def finish(work: Masked, name: str, heads: list[Head], counts: Array, bits: Arra
     about["cost"] = {
         "seconds": round(seconds, 2),
         "labels_used": {"train": [len(train) for train, _ in used], "val": [len(val) for _, val in used]},
-        "peak_memory_mb": task._peak_mb(),
+        "peak_memory_mb": task.peak_mb(),
     }
     silent = int(np.isnan(masks.iou(counts)).any((0, 2)).sum())
     about["notes"] = [*job.notes([train for train, _ in used]), *work.notes]

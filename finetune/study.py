@@ -1,75 +1,112 @@
-"""What the studies of hospitals share: a head by its name, and a result with figures beyond one score a test image."""
+"""Rerun a published study on your own images: its steps, its figures, one page, and what it does not show.
+
+  python -m finetune study                                   the studies there are
+  python -m finetune study derm-suite                        what it needs
+  python -m finetune study derm-suite data=data/derm backbones=models/derm-s,histogram --out results/derm
+
+Arguments are key=value; several values are parted by commas. Every step is a command that could be typed by hand, and
+is shown as it runs; a finished one is not run again, so a study that was cut off goes on. Writes OUT/report.html.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, Protocol
+import glob
+import json
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from finetune import knn, probe, results, task
-from finetune.kinds import Kind
-from finetune.metrics import Interval
-
-Array = np.ndarray
-GRIDS: dict[str, dict[str, Any]] = {
-    **{name: grid for name, (_, grid) in probe.METHODS.items()},
-    "knn": {"k": knn.KS, "temperature": knn.TEMPERATURE},
-}
-
-
-class Head(Protocol):
-    """A fitted probe or a set of voters."""
-
-    @property
-    def val(self) -> float: ...
-    @property
-    def choice(self) -> dict[str, Any]: ...
-    def predict(self, x: dict[str, Array]) -> Array: ...
+from finetune import studies, study_page
+from finetune.studies import Study
+from hybridssl.errors import UserError
+from hybridssl.run import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    task.add_arguments(parser)
-    more = "what is fitted on the frozen features (logistic)"
-    parser.add_argument("--methods", nargs="+", choices=GRIDS, default=["logistic"], help=more)
+    parser.add_argument("study", nargs="?", metavar="NAME", help="a study of the list, or the path of a .yaml file")
+    parser.add_argument("values", nargs="*", metavar="key=value", help="its arguments")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where its results and report.html go")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
 
 
-def fit(
-    method: str, x: dict[str, Array], y: Array, train: Array, val: Array, kind: Kind, classes: int, seed: int
-) -> Head:
-    """A head of GRIDS, taught by the rows `train` and chosen on the rows `val`."""
-    if method == "knn":
-        return knn.fit(x, y, train, val, kind, classes)
-    return probe.fit(x, y, train, val, kind, classes, seed, method)
+def run(args: argparse.Namespace) -> None:
+    if not args.study:
+        return _list()
+    study = studies.read(args.study)
+    if not args.values:
+        return _explain(study)
+    if not args.out:
+        raise UserError(f"{study.name} needs --out DIR, where its results and its page go")
+    out, values = args.out, studies.fill(study, args.values)
+    steps = studies.plan(study, values, out)
+    done = _done(out)
+    for step in steps:
+        for words in step.commands.values():
+            line = " ".join(words)
+            Console().print(f"{'done already' if line in done else step.title}: {line}", markup=False, soft_wrap=True)
+            if args.dry_run or line in done:
+                continue
+            _execute(words, step.title)
+            done.append(line)
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(out / "done.json", json.dumps(done, indent=1))
+    if not args.dry_run:
+        path = study_page.page(study, values, steps, out).write(out / "report.html")
+        Console().print(f"written: {path}", markup=False, soft_wrap=True)
 
 
-def take(x: dict[str, Array], rows: Array) -> dict[str, Array]:
-    """The rows of every kind of feature."""
-    return {kind: values[rows] for kind, values in x.items()}
+def _list() -> None:
+    table = Table("study", "asks")
+    for name in studies.names():
+        table.add_row(name, studies.read(name).asks)
+    Console().print(table)
+    Console().print("python -m finetune study NAME tells what a study needs", markup=False)
 
 
-def write(
-    work: task.Task,
-    protocol: str,
-    found: dict[str, Interval],
-    selected: dict[str, Any],
-    labels_used: dict[str, list[int]],
-    arrays: dict[str, Array],
-    notes: list[str],
-    **more: Any,
-) -> results.Result:
-    """OUT/PROTOCOL/results.json and the table on the terminal; more: further entries."""
-    split = "val" if "val" in work.rows else f"val, carved out of train: {task.CARVED:.0%} by groups"
-    about = work.about(protocol) | {
-        "selected": {"split": split, "by": work.kind.select_by, **selected},
-        "cost": {"seconds": work._seconds(), "labels_used": labels_used, "peak_memory_mb": task._peak_mb()},
-        "notes": notes,
-        **more,
-    }
-    path = results.write(work.args.out / protocol, about, found, **arrays)
-    task.show(protocol, about, found, path)
-    return results.read(path)
+def _explain(study: Study) -> None:
+    console = Console()
+    console.print(f"{study.title} {study.asks}", markup=False)
+    table = Table("argument", "what", "default")
+    for key, about in study.arguments.items():
+        default = about.get("default", "(needed)")
+        table.add_row(key, about["help"], ",".join(default) if isinstance(default, list) else default or "-")
+    console.print(table)
+    for limit in study.limits:
+        console.print(f"It does not show: {limit}", markup=False)
 
 
-def as_dict(interval: Interval) -> dict[str, float]:
-    return {"value": interval.value, "low": interval.low, "high": interval.high}
+def _done(out: Path) -> list[str]:
+    """The commands that finished in an earlier call."""
+    path = out / "done.json"
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it, and the finished steps run again") from error
+
+
+def _execute(words: list[str], title: str) -> None:
+    """Run one command by its door; UserError when it fails, after it said why."""
+    door, rest = words[0], [path for word in words[1:] for path in _expand(word)]
+    if door == "finetune":
+        from finetune.__main__ import main  # in this process: a new one would import torch again for every step
+
+        code = main(rest)
+    else:
+        launcher = ["accelerate.commands.launch", "--quiet", "-m", door] if door == "pretrain" else [door]
+        code = subprocess.run([sys.executable, "-m", *launcher, *rest], check=False).returncode
+    if code:
+        raise UserError(f"step '{title}' stopped with code {code}; what it said stands above, and what is done is kept")
+
+
+def _expand(word: str) -> list[str]:
+    """A word with * becomes the paths that it fits, in order."""
+    if "*" not in word:
+        return [word]
+    found = sorted(glob.glob(word))
+    if not found:
+        raise UserError(f"nothing fits {word}: an earlier step did not leave its result there")
+    return found

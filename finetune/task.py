@@ -133,9 +133,9 @@ class Task:
         used = [self.split(seed) for seed in self.args.seeds]
         labels = {"train": [len(train) for train, _ in used], "val": [len(val) for _, val in used]}
         about["cost"] = {
-            "seconds": self._seconds(),
+            "seconds": self.seconds(),
             "labels_used": labels,
-            "peak_memory_mb": _peak_mb(),
+            "peak_memory_mb": peak_mb(),
         }
         about["notes"] = self.notes([train for train, _ in used])
         arrays = {"scores": np.stack(scores).astype(np.float32), **self._rows(self.test)}
@@ -149,7 +149,7 @@ class Task:
     def _rows(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         return {"y": self.y[rows], "group": self.features.group[rows], "number": self.features.numbers[rows]}
 
-    def _seconds(self) -> float:
+    def seconds(self) -> float:
         """What one protocol would have cost alone: the preparation and its own time."""
         now = time.monotonic()
         own, self.since = now - self.since, now
@@ -214,7 +214,7 @@ def prepare(args: argparse.Namespace, protocols: list[str]) -> Task:
     started = time.monotonic()
     index = Index.open(args.data)
     numbers = _labelled(index, args.source)
-    encoder = load(args.backbone, seed=args.seeds[0], device=_device(args.device), size=args.size)
+    encoder = load(args.backbone, seed=args.seeds[0], device=device_of(args.device), size=args.size)
     leaks = guard(find_leaks(index, numbers, encoder.digests), args.allow_leak)
     data = {"sha256": index.sha256, "labels": args.labels, "source": args.source}
     for protocol in protocols:
@@ -276,7 +276,7 @@ def _labelled(index: Index, source: str | None) -> dict[str, np.ndarray]:
     return found
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -286,7 +286,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _peak_mb() -> float:
+def peak_mb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

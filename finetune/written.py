@@ -1,8 +1,7 @@
-"""The writing of a result whose figures are not `Task.finish`'s: few shots, retrieval, classes known by their text."""
+"""The writing of a result whose figures are not `Task.finish`'s one score an image: results.json, and the terminal."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,9 @@ import numpy as np
 
 from finetune import results, task
 from finetune.metrics import Interval
+from finetune.results import Result
 
+Array = np.ndarray
 FIXED = "no split: all was fixed beforehand"
 
 
@@ -19,26 +20,41 @@ def write(
     work: task.Task,
     protocol: str,
     found: dict[str, Interval],
+    selected: dict[str, Any],
+    labels_used: dict[str, list[int]],
+    arrays: dict[str, Array],
+    notes: list[str],
+    **more: Any,
+) -> Result:
+    """OUT/PROTOCOL/results.json and the table on the terminal; more: further entries, such as `detail` for the page."""
+    split = "val" if "val" in work.rows else f"val, carved out of train: {task.CARVED:.0%} by groups"
+    about = work.about(protocol) | {
+        "selected": {"split": split, "by": work.kind.select_by, **selected},
+        "cost": {"seconds": work.seconds(), "labels_used": labels_used, "peak_memory_mb": task.peak_mb()},
+        "notes": notes,
+        **more,
+    }
+    path = results.write(work.args.out / protocol, about, found, **arrays)
+    task.show(protocol, about, found, path)
+    return results.read(path)
+
+
+def write_fixed(
+    work: task.Task,
+    protocol: str,
+    found: dict[str, Interval],
     fixed: dict[str, Any],
     labels: Sequence[int],
     notes: Sequence[str],
     detail: dict[str, Any],
-    **arrays: np.ndarray,
+    **arrays: Array,
 ) -> tuple[Path, dict[str, Any]]:
-    """results.json and what it says. fixed: what was chosen before any label was seen; labels: how many train labels
-    each seed used; detail: tables and curves for the page."""
-    about = work.about(protocol)
+    """As `write`, where nothing was chosen on val. fixed: what was set before any label was seen; labels: how many
+    train labels each seed used; labels, groups and numbers of the test images go beside `arrays`."""
     choices = [{"seed": seed, **fixed} for seed in work.args.seeds]
-    about["selected"] = {"split": FIXED, "by": work.kind.select_by, "grid": fixed, "choices": choices}
-    about["cost"] = {
-        "seconds": round(work.prepared + time.monotonic() - work.since, 2),
-        "labels_used": {"train": list(labels), "val": [0] * len(labels)},
-        "peak_memory_mb": task._peak_mb(),
-    }
-    work.since = time.monotonic()
-    about |= {"notes": list(notes), "detail": detail}
+    selected = {"split": FIXED, "grid": fixed, "choices": choices}
+    used = {"train": list(labels), "val": [0] * len(labels)}
     rows = {"y": work.y, "group": work.features.group, "number": work.features.numbers}
     rows = {name: values[work.test] for name, values in rows.items()}
-    path = results.write(work.args.out / protocol, about, found, **rows, **arrays)
-    task.show(protocol, about, found, path)
-    return path, about
+    result = write(work, protocol, found, selected, used, {**rows, **arrays}, list(notes), detail=detail)
+    return result.path, result.about

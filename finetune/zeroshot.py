@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         "each": {name: [m.value, m.low, m.high] for name, m in each.items()},
         "words": {c.key: [c.name, *c.synonyms, c.definition] for c in known},
     }
-    path, about = written.write(
+    path, about = written.write_fixed(
         work,
         "zeroshot",
         found,

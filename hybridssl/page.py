@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import base64
 import math
+import os
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from hybridssl.run import write_text
 
@@ -131,6 +134,14 @@ class Page:
         style = f"--columns:{columns};--w:{int(cell)}px"
         return self._add(f'<div class="scroll"><div class="images" style="{style}">{cells}</div></div>')
 
+    def absorb(self, other: Page) -> Page:
+        """The body of another page under the section at work."""
+        return self.raw(_lowered("\n".join(other.body)))
+
+    def raw(self, body: Markup) -> Page:
+        """Markup as `body_of` gives it."""
+        return self._add(body)
+
     def render(self) -> str:
         links = "".join(f'<a href="#s{i}">{inline(s)}</a>' for i, s in enumerate(self.sections, 1))
         nav = f"<nav>{links}</nav>" if len(self.sections) > 2 else ""
@@ -149,6 +160,28 @@ class Page:
         """Write the file in one piece: a reader sees the old report or the new one, never a half."""
         write_text(Path(path), self.render())
         return Path(path)
+
+
+def body_of(path: Path, beside: Path) -> Markup:
+    """What a page that `Page` wrote says, without its header, for a page in the folder `beside`: its headings a step
+    lower, and its links made to lead from there. ValueError when `path` is not such a page."""
+    text = path.read_text(encoding="utf-8")
+    found = re.search(r"<main><header>(.*?)</header>(?:<nav>.*?</nav>)?\n(.*)\n</main>", text, re.DOTALL)
+    if not found:
+        raise ValueError(f"{path} is not a page of this program")
+    title = re.search(r"<h1>(.*?)</h1>", found[1], re.DOTALL)
+
+    def lead(match: re.Match[str]) -> str:
+        place = os.path.relpath(path.parent / unquote(match[1]), beside)
+        return f'href="{quote(Path(place).as_posix())}"'
+
+    body = re.sub(r'href="([^"#:]+)"', lead, _lowered(found[2]))
+    return Markup(f"<h3>{title[1] if title else ''}</h3>{body}")
+
+
+def _lowered(body: str) -> Markup:
+    """Sections as parts of a section: their ids would be there twice."""
+    return Markup(re.sub(r'<h2 id="s\d+">(.*?)</h2>', r"<h4>\1</h4>", body, flags=re.DOTALL))
 
 
 def _figure(content: Markup | bytes, caption: str | Markup) -> str:
@@ -182,6 +215,7 @@ body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,
 main{max-width:1120px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:32px;line-height:1.2;letter-spacing:-.02em;margin:0;overflow-wrap:anywhere}
 h2{font-size:21px;letter-spacing:-.01em;margin:56px 0 4px;padding-top:20px;border-top:1px solid var(--line)}
+h3{font-size:17px;margin:32px 0 4px}h4{font-size:15px;margin:24px 0 4px}
 p{margin:8px 0;max-width:72ch}.subtitle,.lead{color:var(--dim)}.subtitle{font-size:18px;margin:6px 0 0}
 .lead{margin-bottom:20px}
 nav{display:flex;flex-wrap:wrap;gap:6px 20px;margin:20px 0;font-size:14px}

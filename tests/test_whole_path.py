@@ -41,14 +41,14 @@ def accelerate(*arguments: str) -> str:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """36 photographs of 18 patients in a folder with an odd name, and a table that names two diagnoses."""
     folder = tmp_path_factory.mktemp("my photos")
-    lines = ["path,label,group,split,age"]
+    lines = ["path,label,group,split,age,sex"]
     for i in range(36):
         picture = np.random.default_rng(i).integers(0, 120, (40, 50, 3), dtype=np.uint8)
         picture[:, :, i % 2 * 2] += 100
         name = f"Fall {i:02d}.v1.jpg"
         cv2.imwrite(str(folder / name), picture)
         split = ("train", "train", "val", "test")[(i // 2) % 4]
-        lines.append(f"{name},{('nevus', 'melanoma')[i % 2]},p{i // 2},{split},{30 + i}")
+        lines.append(f"{name},{('nevus', 'melanoma')[i % 2]},p{i // 2},{split},{30 + i},{('f', 'm')[i // 4 % 2]}")
     (folder / "labels.csv").write_text("\n".join(lines))
     return folder
 
@@ -70,6 +70,25 @@ def test_the_commands_of_the_readme(photos: Path, tmp_path: Path) -> None:
     assert f"{value:.3f}" in (tmp_path / "report.html").read_text()
     recorded = json.loads((Path(model) / "pretraining.json").read_text())
     assert recorded["samples"] == 20  # the split `train` alone: val and test were not read
+    logistic = [f"{out}/{name}/logistic" for name in ("ours", "random")]
+    python(
+        "finetune",
+        "probe",
+        "--backbone",
+        f"random:{model}",
+        "--data",
+        data,
+        "--out",
+        out + "/random",
+        "--methods",
+        "logistic",
+    )
+    said = python("finetune", "compare", *logistic, "--out", out)
+    assert "not shown to be better" in said or "better" in said
+    python("finetune", "calibrate", logistic[0])
+    python("finetune", "fair", logistic[0], "--by", "sex", "--least", "2")
+    for page in ("compare-logistic", "ours/calibrate-logistic", "ours/fair-sex-logistic"):
+        assert (Path(out) / page / "report.html").is_file()
     import timm
 
     assert timm.create_model(f"local-dir:{model}", num_classes=0).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 32)

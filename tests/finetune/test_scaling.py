@@ -105,7 +105,7 @@ def test_sentences_name_the_better_side():
 
 
 def test_a_cut_off_run_goes_on_and_keeps_its_cells(index, export_folder, tmp_path, monkeypatch):
-    asked, fit = [], scaling.study.fit
+    asked, fit = [], scaling.heads.fit
 
     def counted(method, *rest):
         asked.append((method, len(rest[2])))
@@ -113,7 +113,7 @@ def test_a_cut_off_run_goes_on_and_keeps_its_cells(index, export_folder, tmp_pat
             raise KeyboardInterrupt
         return fit(method, *rest)
 
-    monkeypatch.setattr(scaling.study, "fit", counted)
+    monkeypatch.setattr(scaling.heads, "fit", counted)
     command = arguments(tmp_path, index, export_folder, "--shares", 0.3, 1, "--methods", "knn", "logistic")
     assert main(command) == 130
     assert not (tmp_path / "scaling" / "results.json").exists()
