@@ -22,7 +22,7 @@ from shards.errors import DataError
 from shards.format import decode
 from shards.index import Index
 
-LAYOUT = 1  # raise it when the same image would give other features than before
+LAYOUT = 2  # raise it when the same image would give other features than before
 
 
 @dataclass(frozen=True)
