@@ -41,7 +41,20 @@ from shards.index import Index
 Array = np.ndarray
 SHARED = ("nv=NEV", "bcc=BCC", "mel=MEL", "akiec=ACK", "bkl=SEK")
 MALIGNANT = ("BCC", "MEL", "SCC")
-COLUMNS = "path label source group split domain age sex fitzpatrick localization biopsed".split()
+COLUMNS = (
+    "path",
+    "label",
+    "source",
+    "group",
+    "split",
+    "domain",
+    "age",
+    "sex",
+    "fitzpatrick",
+    "localization",
+    "biopsed",
+)
+SOURCE = "pad_ufes20"
 TONES = {"I-II": "12", "III-VI": "3456"}
 
 
@@ -63,7 +76,7 @@ def main() -> None:
         judge = [out / "logistic", "--by", "fitzpatrick", "--merge", *merges, "--positive", *MALIGNANT, "--overwrite"]
         call("fair", *judge)
         for method in args.methods:
-            crossed[method][name] = results.read(out / f"crossdomain-{pad.name}-{method}" / "results.json")
+            crossed[method][name] = results.read(out / f"crossdomain-{SOURCE}-{method}" / "results.json")
         fairness[name] = results.read(out / "fair-fitzpatrick-logistic" / "results.json")
     document = {
         "shift": {
@@ -92,7 +105,7 @@ def pad_index(work: Path) -> Path:
         with tarfile.open(data / "pad_ufes20.tar") as tar:
             tar.extractall(work, filter="data")
         with open(work / "pad_ufes20" / "labels.csv", newline="") as file:
-            rows = [{**row, "path": Path(row["path"]).name, "source": "pad_ufes20"} for row in csv.DictReader(file)]
+            rows = [{**row, "path": Path(row["path"]).name, "source": SOURCE} for row in csv.DictReader(file)]
         table = work / "pad.csv"
         with open(table, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
@@ -121,7 +134,7 @@ def differences(found: dict[str, Result]) -> list[dict[str, Any]]:
         return []
     arrays = {name: result.predictions() for name, result in found.items()}
     one, about = next(iter(arrays.values())), next(iter(found.values())).about
-    names = next(row for row in about["detail"]["held_out"] if row["domain"] == "pad")["classes"]
+    names = next(row for row in about["detail"]["held_out"] if row["domain"] == SOURCE)["classes"]
     classes = np.array(sorted(list(about["data"]["classes"]).index(name) for name in names))
     judged = np.isin(one["to_y"], classes)
     y = np.searchsorted(classes, one["to_y"][judged])

@@ -23,12 +23,12 @@ def heat_table(
     """Values [R, C] with their names: pale at `low` and below, full at `high` and above; NaN is a dash on no colour."""
     left, top, tall = 104, 46, 28
     wide = (WIDTH - left - 2) / max(len(columns), 1)
-    letters = max(3, int(wide / 6.5))
+    short = _told_apart(columns, max(3, int(wide / 6.5)))
     parts = [_heading(title)]
     for j, name in enumerate(columns):
         x = left + (j + 0.5) * wide
         parts.append(
-            f'<text x="{x:.1f}" y="{top - 8}" text-anchor="middle">{escape(_clip(name, letters))}'
+            f'<text x="{x:.1f}" y="{top - 8}" text-anchor="middle">{escape(short[j])}'
             f"<title>{escape(name)}</title></text>"
         )
     for i, row in enumerate(rows):
@@ -42,10 +42,18 @@ def heat_table(
     return _svg(WIDTH, top + tall * len(rows) + 2, parts, title)
 
 
+def _told_apart(names: Sequence[str], letters: int) -> list[str]:
+    """Names cut to so many letters: at their ends, or at their beginnings where the ends tell them apart."""
+    cut = [_clip(name, letters) for name in names]
+    if len(set(cut)) == len(set(names)):
+        return cut
+    return [name if len(name) <= letters else f"…{name[1 - letters :]}" for name in names]
+
+
 def _cell(value: float, x: float, y: float, wide: float, tall: float, low: float, high: float, name: str) -> str:
     known = math.isfinite(value)
     strength = min(max((value - low) / ((high - low) or 1.0), 0.0), 1.0) if known else 0.0
-    text = f"{value:.2f}".replace("0.", ".", 1) if known else "–"
+    text = f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1) if known else "–"  # + 0.0: no -0
     box = f'x="{x:.1f}" y="{y}" width="{wide - 1:.1f}" height="{tall - 1}"'
     ink = ' style="fill:#fff"' if strength > 0.6 else ""
     tip = f"<title>{escape(name)}: {f'{value:.3f}' if known else 'not judged'}</title>"
