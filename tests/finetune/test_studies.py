@@ -119,7 +119,8 @@ def test_a_failing_step_keeps_what_is_done(index, tmp_path, capsys):
 
 def test_the_list_and_the_needs_of_a_study(capsys):
     assert main(["study"]) == 0
-    assert all(name in capsys.readouterr().out for name in studies.names())
+    said = capsys.readouterr().out
+    assert all(name in said for name in studies.names())
     assert main(["study", "cxr-transfer"]) == 0
     said = capsys.readouterr().out
     assert "recipe" in said
