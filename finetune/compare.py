@@ -167,12 +167,12 @@ def sentences(compared: list[Comparison], metric: str) -> list[str]:
         if c.verdict == "not shown to be better":
             room = max(abs(c.difference.low), abs(c.difference.high))
             said.append(
-                f"{c.a} is not shown to be better or worse than {c.b}: {plain} differs by {signed(c.difference)}. That "
-                f"does not show them equal: up to {room:.3f} is left open."
+                f"{c.a} is not shown to be better or worse than {c.b}: {plain} differs by {c.difference.signed()}. "
+                f"That does not show them equal: up to {room:.3f} is left open."
             )
         else:
             said.append(
-                f"{c.a} is {c.verdict} than {c.b}: {plain} differs by {signed(c.difference)}, p {c.p_holm:.2g}."
+                f"{c.a} is {c.verdict} than {c.b}: {plain} differs by {c.difference.signed()}, p {c.p_holm:.2g}."
             )
     return said
 
@@ -232,12 +232,8 @@ def _show(about: dict[str, Any], compared: list[Comparison], path: Path) -> None
     console.print(f"{about['protocol']} on {about['data']['index']}", style="bold", markup=False, soft_wrap=True)
     table = Table("backbone", "against", metric, "p (Holm)", "verdict")
     for c in compared:
-        table.add_row(c.a, c.b, signed(c.difference), f"{c.p_holm:.2g}", c.verdict)
+        table.add_row(c.a, c.b, c.difference.signed(), f"{c.p_holm:.2g}", c.verdict)
     console.print(table)
     for note in about["notes"]:
         console.print(f"note: {note}", markup=False)
     console.print(f"written: {path} and report.html beside it", markup=False, soft_wrap=True)
-
-
-def signed(m: Interval) -> str:
-    return f"{m.value:+.3f} [{m.low:+.3f}, {m.high:+.3f}]"

@@ -28,6 +28,10 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
+    def signed(self) -> str:
+        """As a difference is written."""
+        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
 
 # -- metrics: y int [N] or uint8 [N, K], scores float [N, K], weight [R, N] -> [R] -------------------------------------
 
