@@ -34,6 +34,7 @@ ERRORS = {
     "brier": calibration.brier,
     "nll": calibration.nll,
 }
+ROUNDING = 1e-4  # by which a sum of float32 votes may pass 1
 INFLATED = ("ece", "adaptive_ece")  # a resample is never as calibrated as the data that it is drawn from
 
 
@@ -62,7 +63,7 @@ def _checked(one: Judged, args: argparse.Namespace) -> tuple[str, ...]:
     """The classes that count as disease. UserError for what would fail later."""
     if len(one.val) < len(one.scores):
         raise UserError(f"{one.result.path} holds no scores of val, on which to calibrate: run the evaluation again")
-    if one.scores.min() < 0 or one.scores.max() > 1:
+    if one.scores.min() < -ROUNDING or one.scores.max() > 1 + ROUNDING:
         raise UserError(f"{one.result.path}: its scores are no probabilities (0 to 1): there is nothing to calibrate")
     positive = choose(one.kind.name, one.classes, args.positive or one.kind.positive).positive
     for part in one.val if positive else []:
@@ -102,6 +103,7 @@ def _one(
         "positive": positive,
         "by": args.by,
         "sets": list(arrays),
+        "spread": conformal.spread(args.alpha, min(len(np.unique(part.group)) for part in one.val)),
         "members": {name: int(member.sum()) for name, member in _members(one, parts)} if arrays else {},
         "coverage": {name: asdict(draws[name].interval) for name in further},
         "reliability": {name: calibration.reliability(one.y, scores) for name, scores in curves.items()},

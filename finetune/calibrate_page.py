@@ -75,21 +75,22 @@ def sentences(about: dict[str, Any], found: Found) -> list[str]:
         f"{found['ece_scaled']}.",
     ]
     for method in SETS if detail["sets"] else ():
-        covered, asked = found[f"coverage ({method})"], 1 - detail["alpha"]
-        where = "above" if covered.low > asked else "below" if covered.high < asked else "in keeping with"
+        covered, asked, slack = found[f"coverage ({method})"], 1 - detail["alpha"], detail["spread"]
+        low, high = asked - slack, asked + slack
+        where = "above" if covered.low > high else "below" if covered.high < low else "in keeping with"
         said.append(
             f"{method.upper()} sets hold the right class for {covered} of the test images, {where} the {asked:.2f} "
             f"asked for, with {found[f'set size ({method})'].value:.2f} classes on average."
         )
-        short = [
-            name
-            for name in detail["members"]
-            if detail["coverage"][f"coverage ({method}, {name})"]["high"] < asked
-        ]  # fmt: skip
+        per = {name: detail["coverage"][f"coverage ({method}, {name})"] for name in detail["members"]}
+        short = [name for name, m in per.items() if m["high"] < low]
         if short:
-            said.append(
-                f"{method.upper()} covers less than asked for in: {', '.join(short)}. The promise is an average."
-            )
+            said.append(f"{method.upper()} covers less than asked for in: {', '.join(short)}.")
+    if detail["sets"]:
+        said.append(
+            f"Another val of this size would move the coverage by up to {detail['spread']:.3f}: the promise is an "
+            "average over such draws, and over all patients, not one for each class or subgroup."
+        )
     if detail["at"]:
         said.append("The intervals of sensitivity and specificity take the thresholds as given: val could set others.")
     return said

@@ -61,6 +61,13 @@ def quantile(conformity: Array, groups: Array, alpha: float) -> float:
     return float(conformity[order][np.argmax(reached)]) if reached.any() else np.inf
 
 
+def spread(alpha: float, groups: int) -> float:
+    """By how much the coverage of a line varies from one val of so many groups to the next: 1.96 deviations of the
+    Beta distribution that it has over draws of val (Vovk 2012, "Conditional validity of inductive conformal
+    predictors", section 3). The promise is the mean of that distribution."""
+    return float(1.96 * np.sqrt(alpha * (1 - alpha) / (groups + 2)))
+
+
 def right(conformity: Array, y: Array) -> Array:
     """[N]: the conformity of the right class."""
     return conformity[np.arange(len(y)), y]

@@ -24,7 +24,6 @@ from finetune import judged, results, subgroups
 from finetune.fairness import ALPHA, Fairness, judge
 from finetune.judged import Judged, cell
 from finetune.kinds import Kind, choose
-from finetune.metrics import Interval
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.page import Page
@@ -91,7 +90,7 @@ def sentences(fair: Fairness, headline: str, by: str) -> list[str]:
         f"Worst by {name}: {gap.worst}, {rows[gap.worst].value}; best: {gap.best}, {rows[gap.best].value}; "
         f"gap {gap.difference}."
     ]
-    differs = [f"{s} is {row.verdict} by {row.against_rest}" for s, row in rows.items() if row.p <= ALPHA]
+    differs = [f"{s} is {row.verdict}, {row.against_rest.signed()}" for s, row in rows.items() if row.p <= ALPHA]
     if differs:
         said.append(f"Shown, with Holm's correction over {len(rows)} subgroups: {'; '.join(differs)}.")
     else:
@@ -159,16 +158,12 @@ def _show(one: Judged, fair: Fairness, headline: str, by: str, path: Path) -> No
     table = Table(by, "images", "groups", _plain(headline), "minus the rest", "verdict")
     for s, (images, groups) in fair.sizes.items():
         r = rows.get(s)
-        figures = [str(r.value), _signed(r.against_rest), r.verdict] if r else ["-", "-", fair.unranked[headline][s]]
+        figures = [str(r.value), r.against_rest.signed(), r.verdict] if r else ["-", "-", fair.unranked[headline][s]]
         table.add_row(s, f"{images:,}", f"{groups:,}", *figures)
     console.print(table)
     for sentence in sentences(fair, headline, by)[:-1]:
         console.print(sentence, markup=False)
     console.print(f"written: {path} and report.html beside it", markup=False, soft_wrap=True)
-
-
-def _signed(m: Interval) -> str:
-    return f"{m.value:+.3f} [{m.low:+.3f}, {m.high:+.3f}]"
 
 
 def _plain(metric: str) -> str:

@@ -161,6 +161,14 @@ def test_sets_cover_what_they_promise_and_not_with_a_wrong_quantile(method):
     assert covered(method, 0.2, wrong=0.06) < 0.78, "a level that is too low would go unseen"
 
 
+def test_spread_is_that_of_coverage_over_draws_of_val():
+    """Infinitely many test images: the coverage of a line q of uniform scores is q itself."""
+    rng = np.random.default_rng(6)
+    lines = [conformal.quantile(rng.random(99), np.arange(99), 0.2) for _ in range(800)]
+    assert np.mean(lines) == pytest.approx(0.8, abs=0.005)
+    assert 1.96 * np.std(lines) == pytest.approx(conformal.spread(0.2, 99), rel=0.1)
+
+
 def test_sets_cover_images_of_new_groups_when_val_groups_are_clustered():
     assert 0.8 - 0.015 < covered("lac", 0.2, size=4) < 0.86
 
@@ -274,6 +282,15 @@ def test_several_labels_get_no_sets(tmp_path, capsys):
     assert any("one class an image" in note for note in result.about["notes"])
     assert main(["calibrate", str(folder), "--positive", "mel", "--overwrite"]) == 2
     assert "does not fit --multi-label" in capsys.readouterr().err
+
+
+def test_votes_that_round_to_a_little_more_than_one_are_probabilities(tmp_path, capsys):
+    test = patients(60)
+    scores = np.eye(3)[test.scores.argmax(1)] * (1 + 3e-7)  # as float32 sums of weights come out
+    val = patients(60, 1, first=900)
+    assert main(["calibrate", str(write(tmp_path / "a/knn", replace(test, scores=scores), [val]))]) == 0
+    assert main(["calibrate", str(write(tmp_path / "b/knn", replace(test, scores=scores * 2), [val]))]) == 2
+    assert "its scores are no probabilities" in capsys.readouterr().err
 
 
 def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(folder, tmp_path, capsys):
