@@ -83,13 +83,9 @@ def said(metric: str, found: dict[str, Interval], faults: list[str], severities:
     hurt = [n for n in faults if found[f"drop_{n}"].low > 0]
     spared = [n for n in faults if n not in hurt]
     parts = [f"Averaged over severities {', '.join(map(str, severities))}:"]
-    parts.append(
-        f"{', '.join(hurt)} lower {metric} (the interval lies above 0)."
-        if hurt
-        else f"no fault is shown to lower {metric}."
-    )
+    parts.append(f"{', '.join(hurt) or 'none is shown to'} lower {metric} (the interval lies above 0).")
     if spared:
-        parts.append(f"For {', '.join(spared)} the interval holds 0, which does not show that nothing is lost.")
+        parts.append(f"No loss is shown for {', '.join(spared)}, which does not show that there is none.")
     parts.append("Not shown: what a head fitted on such images would reach, nor what the faults of a real clinic cost.")
     return " ".join(parts)
 
