@@ -83,7 +83,7 @@ def said(metric: str, found: dict[str, Interval], faults: list[str], severities:
     hurt = [n for n in faults if found[f"drop_{n}"].low > 0]
     spared = [n for n in faults if n not in hurt]
     parts = [f"Averaged over severities {', '.join(map(str, severities))}:"]
-    parts.append(f"{', '.join(hurt) or 'none is shown to'} lower {metric} (the interval lies above 0).")
+    parts.append(f"{', '.join(hurt) or 'none is shown to'} lower {metric} (an interval above 0).")
     if spared:
         parts.append(f"No loss is shown for {', '.join(spared)}, which does not show that there is none.")
     parts.append("Not shown: what a head fitted on such images would reach, nor what the faults of a real clinic cost.")
