@@ -122,8 +122,8 @@ def read(result: Result) -> Judged:
         raise UserError(
             f"{result.path}: scores {scores.shape} do not fit {len(arrays['y']):,} x {len(classes)} classes"
         )
-    parts = (arrays[name] for name in ("y", "group", "number"))
-    return Judged(result, kinds.of(result.about), classes, scores, *parts, val)
+    y, group, number = (arrays[name] for name in ("y", "group", "number"))
+    return Judged(result, kinds.of(result.about), classes, scores, y, group, number, val)
 
 
 def places(found: list[Judged], verb: str, out: Path | None, overwrite: bool) -> list[Path]:
