@@ -15,11 +15,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_interval_comes_from_a_results_file() -> None:
     written = re.findall(r"[+-]?\d?\.\d{3} \[[^\]]+\]", README)
     known = set()
-    document = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
-    for metrics in document["metrics"].values():
-        known |= {"{value:.3f} [{low:.3f}, {high:.3f}]".format(**row) for row in metrics.values()}
-    known |= {"{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) for row in document["differences"].values()}
-    assert len(written) == 10
+    for name in ("demo", "ham-cpu"):
+        document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        for metrics in document["metrics"].values():
+            known |= {"{value:.3f} [{low:.3f}, {high:.3f}]".format(**row) for row in metrics.values()}
+        known |= {"{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) for row in document["differences"].values()}
+    assert len(written) == 46
     assert set(written) <= known
 
 
