@@ -129,7 +129,7 @@ def extract(
 class _Images(torch.utils.data.Dataset):
     """number -> (number, uint8 [C, S, S], label ids) or (number, None, reason)."""
 
-    def __init__(self, index: Index, numbers: np.ndarray, size: int, change: ImageChange | None) -> None:
+    def __init__(self, index: Index, numbers: np.ndarray, size: int, change: ImageChange | None = None) -> None:
         self.index, self.numbers, self.size, self.change = index, numbers, size, change
         self.ids = {name: k for k, name in enumerate(index.classes)}
 

@@ -140,13 +140,14 @@ def logistic(x: Array, y: Array, classes: int, kind: Kind, seed: int) -> Iterato
                 warnings.simplefilter("ignore", ConvergenceWarning)  # noted as `converged`
                 model.fit(x, target)
             converged &= int(np.max(model.n_iter_)) < model.max_iter
+            own = np.asarray(model.intercept_)
             if kind.multi_label:
-                weight[:, k], bias[k] = model.coef_[0], model.intercept_[0]
+                weight[:, k], bias[k] = model.coef_[0], own[0]
             elif len(model.classes_) == 2:  # scikit-learn keeps the difference of the two
                 weight[:, model.classes_[1]] = model.coef_[0]
-                bias[model.classes_] = 0, model.intercept_[0]
+                bias[model.classes_] = 0, own[0]
             else:
-                weight[:, model.classes_], bias[model.classes_] = model.coef_.T, model.intercept_
+                weight[:, model.classes_], bias[model.classes_] = model.coef_.T, own
         yield weight, bias, {"C": c, "converged": converged}
 
 

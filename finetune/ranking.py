@@ -55,7 +55,7 @@ def rank(
         parts.append((measure(hits, ks), nearest, likeness))
         step(len(rows))
     measures = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
-    return Ranked(measures, *(np.concatenate([part[i] for part in parts]) for i in (1, 2)))
+    return Ranked(measures, np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts]))
 
 
 def measure(hits: Array, ks: Sequence[int]) -> dict[str, Array]:

@@ -113,7 +113,9 @@ def told_apart(a: Array, b: Array, seed: int = 0) -> Interval:
     train, judged = train_test_split(np.arange(len(x)), test_size=0.5, stratify=side, random_state=seed)
     model = RidgeClassifierCV(np.logspace(0, 4, 9), class_weight="balanced").fit(x[train], side[train])
     score = model.decision_function(x[judged])
-    return bootstrap(side[judged], np.stack([-score, score], 1), judged, {"auroc": macro_auroc}, seed=seed)["auroc"]
+    return bootstrap(side[judged], np.stack([-score, score], 1), np.asarray(judged), {"auroc": macro_auroc}, seed=seed)[
+        "auroc"
+    ]
 
 
 def holm(ps: Array) -> Array:

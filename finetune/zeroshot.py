@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         head = of_run(Path(spec), work.index, known, args.text, args.encoder)
     scores = link(head.logits(work.features.x["cls"][work.test]), work.kind.multi_label)
     y, group = work.y[work.test], work.features.group[work.test]
-    asked = np.flatnonzero(work.counts(work.test))
+    asked = [int(k) for k in np.flatnonzero(work.counts(work.test))]
     seen = [k for k in asked if work.classes[k] in head.seen]
     unseen = [k for k in asked if work.classes[k] not in head.seen]
     found = metrics.bootstrap(y, scores, group, {**work.kind.metrics, **parted(work.kind, seen, unseen)})

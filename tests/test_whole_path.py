@@ -48,7 +48,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         name = f"Fall {i:02d}.v1.jpg"
         cv2.imwrite(str(folder / name), picture)
         split = ("train", "train", "val", "test")[(i // 2) % 4]
-        lines.append(f"{name},{('nevus', 'melanoma')[i % 2]},p{i // 2},{split},{30 + i},{('f', 'm')[i // 4 % 2]}")
+        lines.append(f"{name},{('nevus', 'melanoma')[i % 2]},p{i // 2},{split},{30 + i},{('f', 'm')[i // 8 % 2]}")
     (folder / "labels.csv").write_text("\n".join(lines))
     return folder
 
