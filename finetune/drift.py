@@ -95,8 +95,9 @@ def run(args: argparse.Namespace) -> None:
     distance, nearest = shift.distances(reference.x["cls"], reference.group, asked.x["cls"], asked.group)
     percentile = shift.percentile(own, distance)
     lines = compare_parts(reference, asked, periods, percentile, args.seed)
-    enough = control is not None and len(np.unique(control.group)) >= LEAST
-    checked = [control_line(reference, control, own, args.seed)] if enough else []
+    checked = []
+    if control is not None and len(np.unique(control.group)) >= LEAST:
+        checked.append(control_line(reference, control, own, args.seed))
     due, words = verdict(lines, checked)
     far = farthest(distance, asked.group)
     about = labelfree.about("drift", encoder, new, {"new": asked})

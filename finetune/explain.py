@@ -152,7 +152,7 @@ def _probabilities(said: Judged | None, number: int) -> dict[str, float] | None:
 
 def shared(a: Array, b: Array) -> Array:
     """bool [...]: have two multi-hot rows [..., K] a label in common?"""
-    return (a.astype(bool) & b.astype(bool)).any(-1)
+    return np.asarray((a.astype(bool) & b.astype(bool)).any(-1))
 
 
 def chance_of(library: Array, asked: Array) -> Array:

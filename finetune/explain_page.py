@@ -149,7 +149,7 @@ def _case(html: Page, case: Case, seen: Look, index: Index) -> None:
     ]
     table = [[(jpeg(image), text) for image, text in zip(images[1:], words, strict=True)]]
     if maps:
-        table.append([(image, "similarity to the case's patch") for image in maps[1:]])
+        table.append([(image, Markup("similarity to the case's patch")) for image in maps[1:]])
     html.images(table, ["Most alike, with cosine", *[""] * (len(case.near) - 1)], cell=130)
 
 

@@ -175,7 +175,9 @@ def _hf_forward(model: Any, interpolate: bool) -> Callable[[Tensor], Pair]:
     def forward(images: Tensor) -> Pair:
         patch = getattr(model.config, "patch_size", None)
         count = (images.shape[-2] // patch) * (images.shape[-1] // patch) if isinstance(patch, int) else None
-        order = {"noise": torch.arange(count, device=images.device).expand(len(images), -1)} if masked else {}
+        order = {}
+        if masked and count:
+            order = {"noise": torch.arange(count, device=images.device).expand(len(images), -1)}
         out = model(pixel_values=images, **extra, **order)
         x, pooled = out.last_hidden_state, getattr(out, "pooler_output", None)
         if x.ndim == 4:  # [N, D, H, W]: convolutions, and SAM, whose neck has no pooling
