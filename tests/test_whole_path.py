@@ -53,6 +53,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
 def test_the_commands_of_the_readme(photos: Path, tmp_path: Path) -> None:
     data, run, model, out = (str(tmp_path / name) for name in ("data", "run", "model", "results"))
     python("shards", "build", "--images", str(photos), "--table", str(photos / "labels.csv"), "--out", data)
