@@ -65,8 +65,8 @@ def test_micro_batches_equal_one_large_batch(name: str) -> None:
 
 
 @each_arm
-def test_gradients_reach_every_weight_and_a_step_against_them_lowers_the_loss(name: str) -> None:
-    """A flipped sign fails here, whatever the formula."""
+def test_gradients_reach_every_weight_and_say_by_how_much_a_step_lowers_the_loss(name: str) -> None:
+    """What is cut off the graph by mistake fails here, whatever the formula."""
     with arms.float64():
         learner, teacher = alone(name)
         views, batch = some(name)
