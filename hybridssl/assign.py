@@ -1,34 +1,55 @@
-"""From the teacher's scores to target distributions, balanced over the prototypes so that nothing collapses.
+"""Balancing the teacher's distributions over the prototypes, so that nothing collapses: a bias for each prototype.
 
-Both ways see the whole effective batch: all rows of this process, and by all-reduced sums those of the others.
+Both ways see the whole effective batch: all rows of this process, and by all-reduced sums those of the others. What
+they return is the `bias` of `hybridssl.fused.Targets`.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hybridssl.dist import all_reduce_max, all_reduce_sum
-from hybridssl.heads import fp32
+from hybridssl.dist import all_reduce_sum
+from hybridssl.fused import chunk, product, rounding
+from hybridssl.heads import fp32, linear32
+
+# Prototypes whose scores exist at once. The same on every process, however many rows it has: each chunk is reduced.
+COLUMNS = {"cpu": 2048, "cuda": 16384}
 
 
 @torch.no_grad()
-def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Soft assignments [N, K] of `scores` [N, K]: rows sum to one, columns about equal over the global N.
+def sinkhorn(z: Tensor, weight: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Log of the scaling [K] that makes exp(z . w / temperature), its rows summing to one, about equal over prototypes.
 
-    Sinkhorn-Knopp on exp(scores / temperature), as in SwAV (arXiv 2006.09882, section 3.1) and DINOv2: columns
-    (prototypes) first, rows (samples) last. The constants 1/K and 1/N of the papers cancel in the next division
-    and are left out. N may differ between processes and may be 0 on some.
+    Sinkhorn-Knopp, as in SwAV (arXiv 2006.09882, section 3.1) and DINOv2: columns (prototypes) first, rows (samples)
+    last. z [N, d] and weight [K, d] have unit rows, so a score never exceeds 1 / temperature, which is taken off before
+    the exponential. N may differ between processes and may be 0 on some.
+
+    Only the two scalings are kept. One pass over the scores, prototype by prototype, is one iteration: the scaling of
+    a column needs the rows' as they were, and the rows' next sums need nothing but that column.
     """
-    scores = fp32(scores) / temperature
-    top = scores.max() if len(scores) else scores.new_tensor(-torch.inf)
-    q = torch.exp(scores - all_reduce_max(top))
-    tiny = torch.finfo(q.dtype).tiny  # an entry may underflow to zero; a whole row or column of them must not be NaN
-    for _ in range(iterations):
-        q /= all_reduce_sum(q.sum(dim=0)).clamp_min(tiny)
-        q /= q.sum(dim=1, keepdim=True).clamp_min(tiny)
-    return q
+    low = rounding(z.device)
+    z, weight = fp32(z) / temperature, fp32(weight)
+    width = COLUMNS.get(z.device.type, COLUMNS["cpu"])
+    parts = [slice(start, start + width) for start in range(0, len(weight), width)]
+
+    def exponentials(part: slice) -> Tensor:
+        return product(z, weight[part].T, low).sub_(1 / temperature).exp_()  # [N, columns]
+
+    tiny = torch.finfo(z.dtype).tiny  # an entry may underflow to zero; a whole row or column of them must not be NaN
+    mass = all_reduce_sum(z.new_full((), float(len(z)))) / len(weight)  # of a column, when each row has 1
+    row, column = z.new_ones(len(z)), z.new_empty(len(weight))
+    with torch.autocast(z.device.type, enabled=False):
+        fits = len(z) * len(weight) <= 4 * chunk(z.device)  # few enough to be computed once and kept
+        kept = [exponentials(part) for part in parts] if fits else None
+        for _ in range(iterations):
+            sums = torch.zeros_like(row)
+            for i, part in enumerate(parts):
+                e = kept[i] if kept else exponentials(part)
+                column[part] = mass / all_reduce_sum(row @ e).clamp_min(tiny)
+                sums += e @ column[part]
+            row = 1 / sums.clamp_min(tiny)
+    return column.log()
 
 
 class Centre(nn.Module):
@@ -45,12 +66,12 @@ class Centre(nn.Module):
         self.register_buffer("value", torch.zeros(prototypes))
 
     @torch.no_grad()
-    def forward(self, scores: Tensor, temperature: float) -> Tensor:
-        """Targets [N, K] of `scores` [N, K] with the centre as it was; then the centre moves."""
-        scores = fp32(scores)
-        targets = F.softmax((scores - self.value) / temperature, dim=1)
-        count = all_reduce_sum(scores.new_tensor(float(len(scores))))
-        mean = all_reduce_sum(scores.sum(dim=0)) / count.clamp_min(1)
+    def forward(self, z: Tensor, weight: Tensor, temperature: float) -> Tensor:
+        """Bias [K] for tokens [N, d] and prototypes [K, d], with the centre as it was; then the centre moves."""
+        bias = -self.value / temperature
+        count = all_reduce_sum(z.new_full((), float(len(z))))
+        total = all_reduce_sum(fp32(z).sum(dim=0))  # the mean score is the score of the mean
+        mean = linear32(total / count.clamp_min(1), weight)
         step = (1 - self.momentum) * (count > 0)  # no row anywhere: the centre stays
         self.value.lerp_(mean.to(self.value.dtype), step.to(self.value.dtype))
-        return targets
+        return bias

@@ -1,4 +1,4 @@
-"""The projection head of DINO and iBOT, and the one place where prototypes meet a cross-entropy."""
+"""The projection head of DINO, iBOT and SwAV, and the precision in which every loss is computed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,6 @@ def linear32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear that autocast does not round: x [..., d], weight [K, d] -> [..., K]."""
     with torch.autocast(x.device.type, enabled=False):
         return F.linear(fp32(x), fp32(weight), bias)
-
-
-def cross_entropy(z: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """-sum_k targets_k log softmax(z @ weight.T / temperature)_k for each row: [N].
-
-    z [N, d] and weight [K, d] carry gradients; targets [N, K] do not, and their rows may sum to anything (two
-    teachers at once: 2). Every prototype loss comes through here.
-    """
-    return -(fp32(targets) * F.log_softmax(linear32(z, weight) / temperature, dim=1)).sum(dim=1)
 
 
 class Head(nn.Module):

@@ -50,6 +50,18 @@ def prototype_usage(targets: Tensor) -> Tensor:
     return used.sum() / min(targets.shape)
 
 
+def of_targets(targets: Tensor, scores: Tensor) -> dict[str, Tensor]:
+    """All of the above for the targets [2, B, K] and the student's scores [2, B, K] of two views of B images."""
+    flat = targets.flatten(0, 1)
+    return {
+        "target_entropy": target_entropy(flat),
+        "marginal_entropy": marginal_entropy(flat),
+        "max_entropy": max_entropy(flat),
+        "agreement": agreement(scores.flatten(0, 1), targets.flip(0).flatten(0, 1)),
+        "prototype_usage": prototype_usage(targets[0]),
+    }
+
+
 def rankme(features: Tensor, eps: float = 1e-7) -> Tensor:
     """RankMe (Garrido et al. 2023, arXiv 2210.02885, eq. 1-2): exp of the entropy of the singular values' shares.
 

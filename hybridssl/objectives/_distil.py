@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from hybridssl.assign import Centre, sinkhorn
+from hybridssl.fused import Targets
 from hybridssl.heads import Head
 from hybridssl.objectives import Context, Objective, ObjectiveOptions
 
@@ -47,10 +49,26 @@ class Distil(Objective):
     def schedules(self, progress: float) -> dict[str, float]:
         return {"temperature": self.temperature(progress)}
 
-    def assign(self, tokens: Tensor, progress: float) -> Tensor:
-        """Targets [N, K] of teacher tokens [N, D], balanced over all N of all processes."""
-        scores, temperature = self.head(tokens), self.temperature(progress)
-        return self.centre(scores, temperature) if self.centre is not None else sinkhorn(scores, temperature)
+    def assign(self, tokens: Sequence[Tensor], views: int, progress: float) -> list[Targets]:
+        """Targets of the teacher's tokens [views * n, D] of each micro-batch, balanced over all of all processes."""
+        z = [self.head.bottleneck(rows).unflatten(0, (views, -1)) for rows in tokens]
+        whole, weight, temperature = torch.cat(z, dim=1), self.head.weight, self.temperature(progress)
+        balance = self.centre if self.centre is not None else sinkhorn
+        bias = balance(whole.flatten(0, 1), weight, temperature)
+        return Targets(whole, weight, temperature, bias[None]).split([part.shape[1] for part in z])
 
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
         return [self.head.prototypes] if progress < self.options.freeze_last else []
+
+
+def crossing(crops: int, local_weight: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Which global views each crop predicts, two global crops first: their mix [crops, 2], and weights [crops, 1].
+
+    A global crop predicts the other global view. A local crop predicts both, twice the mean of the two since
+    cross-entropy is linear in its target, times `local_weight`. Over the number of pairs, whatever the weight.
+    """
+    mix = like.new_full((crops, 2), 0.5)
+    mix[:2] = like.new_tensor([[0.0, 1.0], [1.0, 0.0]])
+    weights = like.new_full((crops, 1), 2 * local_weight)
+    weights[:2] = 1.0
+    return mix, weights / (2 * crops - 2)

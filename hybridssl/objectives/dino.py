@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hybridssl import health
-from hybridssl.heads import cross_entropy
-from hybridssl.objectives._distil import Distil, DistilOptions
+from hybridssl.fused import Targets, cross_entropy
+from hybridssl.objectives._distil import Distil, DistilOptions, crossing
 from hybridssl.schedule import cosine
 from hybridssl.types import Batch, ViewTokens
 
@@ -41,22 +41,16 @@ class Dino(Distil):
         "warms up, because softer targets have more entropy; flat at ln K for long means that nothing is learnt."
     )
 
-    def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Tensor]:
-        """Distributions [2, B, K] over the prototypes for the global views of each micro-batch."""
-        cls = [tokens.global_.cls for tokens in teacher]
-        assigned = self.assign(torch.cat(cls), progress).split([len(rows) for rows in cls])
-        return [rows.unflatten(0, (2, -1)) for rows in assigned]
+    def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Targets]:
+        """Distributions [2, B] over the prototypes for the global views of each micro-batch."""
+        return self.assign([tokens.global_.cls for tokens in teacher], 2, progress)
 
-    def forward(self, student: ViewTokens, target: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
+    def forward(self, student: ViewTokens, target: Targets, batch: Batch, progress: float) -> dict[str, Tensor]:
         crops = [student.global_.cls] + ([student.local.cls] if student.local is not None else [])
-        z = self.head.bottleneck(torch.cat(crops)).unflatten(0, (-1, target.shape[1]))  # [2 + L, B, bottleneck]
-        weight, temperature = self.head.weight, self.options.student_temperature
-        wanted = [target[1], target[0]] + [target.sum(dim=0)] * (len(z) - 2)  # linear in the target: both at once
-        terms = torch.stack(
-            [cross_entropy(view, weight, t, temperature).mean() for view, t in zip(z, wanted, strict=True)]
-        )
-        total = terms[:2].sum() + self.local_weight(progress) * terms[2:].sum()
-        return {"dino": total / (2 * len(z) - 2)}
+        z = self.head.bottleneck(torch.cat(crops)).unflatten(0, (-1, target.z.shape[1]))  # [2 + L, B, bottleneck]
+        mix, weights = crossing(len(z), self.local_weight(progress), z)
+        share = (weights / z.shape[1]).expand(z.shape[:2])  # the mean over images
+        return {"dino": cross_entropy(z, self.head.weight, target, self.options.student_temperature, share, mix)}
 
     def local_weight(self, progress: float) -> float:
         """Factor of the local terms at this share of the run."""
@@ -66,13 +60,5 @@ class Dino(Distil):
         return {**super().schedules(progress), "local_weight": self.local_weight(progress)}
 
     @torch.no_grad()
-    def health(self, student: ViewTokens, target: Tensor, batch: Batch) -> dict[str, Tensor]:
-        scores = self.head(student.global_.cls)
-        flat = target.flatten(0, 1)
-        return {
-            "target_entropy": health.target_entropy(flat),
-            "marginal_entropy": health.marginal_entropy(flat),
-            "max_entropy": health.max_entropy(flat),
-            "agreement": health.agreement(scores, target.flip(0).flatten(0, 1)),
-            "prototype_usage": health.prototype_usage(target[0]),
-        }
+    def health(self, student: ViewTokens, target: Targets, batch: Batch) -> dict[str, Tensor]:
+        return health.of_targets(target.dense(), self.head(student.global_.cls).unflatten(0, (2, -1)))

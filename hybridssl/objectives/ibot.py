@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridssl.dist import all_reduce_sum, world_size
 from hybridssl.errors import UserError
-from hybridssl.heads import cross_entropy
+from hybridssl.fused import Targets, cross_entropy
 from hybridssl.objectives import Objective
 from hybridssl.objectives._distil import Distil, DistilOptions
 from hybridssl.types import Batch, Tokens, ViewTokens
@@ -23,7 +23,7 @@ class Options(DistilOptions):
 
 
 class Target(NamedTuple):
-    patches: Tensor  # [M, K]: what the teacher says of each masked patch, in the order of the mask
+    patches: Targets  # [1, M]: what the teacher says of each masked patch, in the order of the mask
     scale: Tensor  # scalar: micro-batches x processes / masked views of all of them
 
 
@@ -65,17 +65,19 @@ class Ibot(Distil):
 
     def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Target]:
         hidden = [_masked(tokens.global_, batch) for tokens, batch in zip(teacher, batches, strict=True)]
-        assigned = self.assign(torch.cat(hidden), progress).split([len(rows) for rows in hidden])
+        assigned = self.assign(hidden, 1, progress)
         views = all_reduce_sum(torch.stack([batch.masks.any(dim=-1).sum() for batch in batches]).sum())
         scale = len(batches) * world_size() / views.clamp_min(1)
         return [Target(rows, scale) for rows in assigned]
 
     def forward(self, student: ViewTokens, target: Target, batch: Batch, progress: float) -> dict[str, Tensor]:
-        z = self.head.bottleneck(_masked(student.global_, batch))
-        losses = cross_entropy(z, self.head.weight, target.patches, self.options.student_temperature)  # [M]
+        z = self.head.bottleneck(_masked(student.global_, batch))  # [M, bottleneck]
         masks = batch.masks.flatten(0, 1)  # [2B, P]
         share = (1 / masks.sum(dim=1, keepdim=True).clamp_min(1)).expand(masks.shape)[masks]  # 1 / n_v for each patch
-        return {"ibot": (losses * share).sum() * target.scale}
+        temperature = self.options.student_temperature
+        return {
+            "ibot": cross_entropy(z[None], self.head.weight, target.patches, temperature, share[None] * target.scale)
+        }
 
 
 def _masked(tokens: Tokens, batch: Batch) -> Tensor:

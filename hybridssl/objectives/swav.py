@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from hybridssl import health
 from hybridssl.assign import sinkhorn
 from hybridssl.dist import all_gather, rank, world_size
-from hybridssl.heads import Head, cross_entropy
+from hybridssl.fused import Targets, cross_entropy
+from hybridssl.heads import Head
 from hybridssl.objectives import Context, Objective, ObjectiveOptions
+from hybridssl.objectives._distil import crossing
 from hybridssl.types import Batch, ViewTokens
 
 
@@ -55,40 +57,33 @@ class Swav(Objective):
         self.register_buffer("queue", torch.zeros(2, options.queue, options.bottleneck))
 
     @torch.no_grad()
-    def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Tensor]:
-        """Codes [2, B, K] of the global views of each micro-batch."""
+    def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Targets]:
+        """Codes [2, B] of the global views of each micro-batch."""
         z = [self.head.bottleneck(tokens.global_.cls).unflatten(0, (2, -1)) for tokens in teacher]
         whole = torch.cat(z, dim=1)  # [2, n, bottleneck]
-        codes = torch.stack([self._codes(rows, queue) for rows, queue in zip(whole, self.queue, strict=True)])
+        weight, epsilon = self.head.weight, self.options.epsilon
+        seen = [self._with_queue(rows, queue) for rows, queue in zip(whole, self.queue, strict=True)]
+        bias = torch.stack([sinkhorn(rows, weight, epsilon) for rows in seen])
         if self.options.queue:
             newest = all_gather(whole.transpose(0, 1)).transpose(0, 1).to(self.queue.dtype)
             self.queue.copy_(torch.cat([newest, self.queue], dim=1)[:, : self.options.queue])
-        return list(codes.split([part.shape[1] for part in z], dim=1))
+        return Targets(whole, weight, epsilon, bias).split([part.shape[1] for part in z])
 
-    def _codes(self, z: Tensor, queue: Tensor) -> Tensor:
-        """Codes [n, K] of unit vectors [n, bottleneck]. Every process takes its share of the queue's rows along."""
+    def _with_queue(self, z: Tensor, queue: Tensor) -> Tensor:
+        """What is balanced: z, and once the queue is full this process' share of its rows."""
         full = bool(queue[-1:].any())
-        rows = torch.cat([z, queue[rank() :: world_size()].to(z.dtype)]) if full else z
-        return sinkhorn(self.head.logits(rows), self.options.epsilon)[: len(z)]
+        return torch.cat([z, queue[rank() :: world_size()].to(z.dtype)]) if full else z
 
-    def forward(self, student: ViewTokens, target: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
+    def forward(self, student: ViewTokens, target: Targets, batch: Batch, progress: float) -> dict[str, Tensor]:
         crops = [student.global_.cls] + ([student.local.cls] if student.local is not None else [])
-        z = self.head.bottleneck(torch.cat(crops)).unflatten(0, (-1, target.shape[1]))  # [2 + L, B, bottleneck]
-        wanted = [target[1], target[0]] + [target.sum(dim=0)] * (len(z) - 2)  # linear in the codes: both at once
-        weight, temperature = self.head.weight, self.options.temperature
-        terms = [cross_entropy(rows, weight, t, temperature).mean() for rows, t in zip(z, wanted, strict=True)]
-        return {"swav": torch.stack(terms).sum() / (2 * len(z) - 2)}
+        z = self.head.bottleneck(torch.cat(crops)).unflatten(0, (-1, target.z.shape[1]))  # [2 + L, B, bottleneck]
+        mix, weights = crossing(len(z), 1.0, z)
+        share = (weights / z.shape[1]).expand(z.shape[:2])
+        return {"swav": cross_entropy(z, self.head.weight, target, self.options.temperature, share, mix)}
 
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
         return [self.head.prototypes] if progress < self.options.freeze_last else []
 
     @torch.no_grad()
-    def health(self, student: ViewTokens, target: Tensor, batch: Batch) -> dict[str, Tensor]:
-        flat = target.flatten(0, 1)
-        return {
-            "target_entropy": health.target_entropy(flat),
-            "marginal_entropy": health.marginal_entropy(flat),
-            "max_entropy": health.max_entropy(flat),
-            "agreement": health.agreement(self.head(student.global_.cls), target.flip(0).flatten(0, 1)),
-            "prototype_usage": health.prototype_usage(target[0]),
-        }
+    def health(self, student: ViewTokens, target: Targets, batch: Batch) -> dict[str, Tensor]:
+        return health.of_targets(target.dense(), self.head(student.global_.cls).unflatten(0, (2, -1)))

@@ -3,8 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from hybridssl import assign, fused
 from hybridssl.assign import Centre, sinkhorn
+from hybridssl.fused import Targets
+from tests.hybridssl.dense import assigned
+
+
+def unit(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype), dim=-1)
 
 
 def naive_sinkhorn(scores: np.ndarray, temperature: float, iterations: int) -> np.ndarray:
@@ -20,42 +28,59 @@ def naive_sinkhorn(scores: np.ndarray, temperature: float, iterations: int) -> n
     return q * n
 
 
+@pytest.fixture(params=["kept", "recomputed"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once with room for all scores, once with room for a column or two."""
+    if request.param == "recomputed":
+        monkeypatch.setitem(fused.CHUNK, "cpu", 1)
+        monkeypatch.setitem(assign.COLUMNS, "cpu", 2)
+
+
+@pytest.mark.usefixtures("memory")
 @pytest.mark.parametrize("iterations", [1, 3])
 @pytest.mark.parametrize("temperature", [0.04, 0.5])
-def test_sinkhorn_equals_the_naive_loop(iterations: int, temperature: float) -> None:
-    scores = torch.rand(11, 5, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    expected = naive_sinkhorn(scores.numpy(), temperature, iterations)
-    np.testing.assert_allclose(sinkhorn(scores, temperature, iterations).numpy(), expected, rtol=2e-4, atol=1e-7)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.float64, 1e-11)])
+def test_sinkhorn_equals_the_naive_loop(
+    iterations: int, temperature: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    z, weight = unit(11, 3, seed=0, dtype=dtype), unit(5, 3, seed=1, dtype=dtype)
+    expected = naive_sinkhorn((z @ weight.T).numpy(), temperature, iterations)
+    got = assigned(z, weight, temperature, iterations)
+    assert got.dtype == dtype
+    np.testing.assert_allclose(got.numpy(), expected, rtol=tolerance, atol=1e-7 if dtype == torch.float32 else 1e-15)
 
 
+@pytest.mark.usefixtures("memory")
 def test_sinkhorn_balances_prototypes_and_normalises_samples() -> None:
-    scores = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) + torch.arange(8)
-    q = sinkhorn(scores, 0.5, iterations=50)
+    z = F.normalize(unit(64, 8, seed=1) + torch.arange(8) / 8, dim=1)  # one side of the sphere
+    q = assigned(z, torch.eye(8), 0.5, iterations=50)
     torch.testing.assert_close(q.sum(dim=1), torch.ones(64))
     torch.testing.assert_close(q.sum(dim=0), torch.full((8,), 8.0), rtol=1e-3, atol=1e-3)
 
 
-def test_sinkhorn_survives_huge_scores_and_no_rows() -> None:
-    huge = sinkhorn(torch.tensor([[1e4, 0.0], [0.0, 1e4], [5.0, 5.0]]), 0.04)
-    assert torch.isfinite(huge).all()
-    assert sinkhorn(torch.empty(0, 4), 0.1).shape == (0, 4)
+@pytest.mark.usefixtures("memory")
+def test_sinkhorn_survives_a_tiny_temperature_and_no_rows() -> None:
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, -1.0]])
+    assert torch.isfinite(assigned(z, torch.eye(2), 0.005)).all()
+    assert assigned(torch.empty(0, 4), unit(3, 4, seed=0), 0.1).shape == (0, 3)
 
 
 def test_sinkhorn_computes_in_float32_under_autocast() -> None:
-    scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(2)).bfloat16()
+    z, weight = unit(6, 4, seed=2).bfloat16(), unit(5, 4, seed=3)
     with torch.autocast("cpu", torch.bfloat16):
-        q = sinkhorn(scores, 0.1)
-    assert q.dtype == torch.float32
-    torch.testing.assert_close(q, sinkhorn(scores.float(), 0.1))
+        bias = sinkhorn(z, weight, 0.1)
+    assert bias.dtype == torch.float32
+    torch.testing.assert_close(bias, sinkhorn(z.float(), weight, 0.1))
 
 
 def test_centre_equals_the_equation_over_three_steps() -> None:
-    centre, c = Centre(4, momentum=0.8), np.zeros(4)
+    centre, c, weight = Centre(4, momentum=0.8), np.zeros(4), unit(4, 3, seed=9)
     for seed in range(3):
-        scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
-        x = scores.double().numpy()
+        z = unit(6, 3, seed=seed)
+        x = (z @ weight.T).double().numpy()
         e = np.exp((x - c) / 0.07)
-        np.testing.assert_allclose(centre(scores, 0.07).numpy(), e / e.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
+        got = Targets(z[None], weight, 0.07, centre(z, weight, 0.07)[None]).dense()[0]
+        np.testing.assert_allclose(got.numpy(), e / e.sum(1, keepdims=True), rtol=1e-4, atol=1e-7)
         c = 0.8 * c + 0.2 * x.mean(0)
         np.testing.assert_allclose(centre.value.numpy(), c, rtol=1e-5)
 
@@ -63,5 +88,5 @@ def test_centre_equals_the_equation_over_three_steps() -> None:
 def test_centre_stays_when_there_is_no_row() -> None:
     centre = Centre(3)
     centre.value.fill_(2.0)
-    assert centre(torch.empty(0, 3), 0.1).shape == (0, 3)
+    assert torch.isfinite(centre(torch.empty(0, 5), unit(3, 5, seed=0), 0.1)).all()
     assert centre.value.tolist() == [2.0, 2.0, 2.0]

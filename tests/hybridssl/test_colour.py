@@ -88,9 +88,7 @@ def test_blur_fits_a_crop_smaller_than_its_kernel() -> None:
     assert torch.allclose(colour.blur(flat, torch.tensor([2.0, 1.0]), 2.0), flat)
 
 
-@pytest.mark.parametrize("counts_freely", [True, False])  # False: the way of an accelerator
-def test_rows_that_ask_for_nothing_stay_as_they_are(monkeypatch: pytest.MonkeyPatch, counts_freely: bool) -> None:
-    monkeypatch.setattr(colour, "_counts_freely", lambda images: counts_freely)
+def test_rows_that_ask_for_nothing_stay_as_they_are() -> None:
     images = crops(low=0, high=255)
     numbers = torch.zeros(4, 14)
     numbers[:, [0, 4, 8]] = 1

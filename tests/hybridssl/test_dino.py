@@ -6,8 +6,9 @@ import pytest
 import torch
 from lightly.loss import DINOLoss
 
-from hybridssl.assign import sinkhorn
+from hybridssl.fused import Targets
 from hybridssl.objectives.dino import Dino, Options
+from tests.hybridssl.dense import sinkhorn
 
 
 def make(toys, **changes) -> tuple[Dino, Dino]:
@@ -73,8 +74,9 @@ def test_targets_keep_images_and_views_in_their_place(toys) -> None:
     batch, taught = toys.batch(6), toys.tokens(6, 2)
     parts = teacher.targets(toys.split_tokens(taught, 6, 3), toys.split_batch(batch, 3), 1.0)
     whole = sinkhorn(teacher.head(taught.global_.cls), 0.07).unflatten(0, (2, 6))
-    assert [p.shape for p in parts] == [(2, 2, 7)] * 3
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    dense = [part.dense() for part in parts]
+    assert [p.shape for p in dense] == [(2, 2, 7)] * 3
+    torch.testing.assert_close(torch.cat(dense, dim=1), whole)
 
 
 def test_the_temperature_warms_up(toys) -> None:
@@ -95,13 +97,13 @@ def test_starts_near_ln_k(toys) -> None:
 def test_health_of_a_student_that_agrees_across_views(toys) -> None:
     student, _ = make(toys)
     views, batch = toys.tokens(5, 1), toys.batch(5)
-    scores = student.head(views.global_.cls).detach()
-    best = torch.nn.functional.one_hot(scores.argmax(1), 7).float().unflatten(0, (2, 5))
-    # The teacher says of each view what the student says of the other one.
-    found = student.health(views, best.flip(0), batch)
+    z = student.head.bottleneck(views.global_.cls).detach().unflatten(0, (2, 5))
+    weight = student.head.weight.detach()
+    # The teacher says of each view, and without a doubt, what the student says of the other one.
+    found = student.health(views, Targets(z.flip(0), weight, 1e-6, torch.zeros(1, 7)), batch)
     assert found["agreement"].item() == 1
-    assert found["target_entropy"].item() == 0
+    assert found["target_entropy"].item() == pytest.approx(0, abs=1e-6)
     assert found["max_entropy"].item() == pytest.approx(math.log(7))
-    assert found["prototype_usage"].item() == pytest.approx(len(scores[5:].argmax(1).unique()) / 5)
+    assert found["prototype_usage"].item() == pytest.approx(len((z[1] @ weight.T).argmax(1).unique()) / 5)
     assert all(not v.requires_grad for v in found.values())
-    assert student.health(views, best, batch)["agreement"].item() < 1
+    assert student.health(views, Targets(z, weight, 1e-6, torch.zeros(1, 7)), batch)["agreement"].item() < 1

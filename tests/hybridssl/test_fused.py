@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hybridssl import fused
+from hybridssl.fused import Targets, cross_entropy
+from tests.hybridssl import dense
+
+MIX = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+
+
+def some(views: int = 3, teachers: int = 2, tokens: int = 5, prototypes: int = 7, seed: int = 0):
+    """Student rows, prototypes, targets and shares, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    z, weight = F.normalize(draw(views, tokens, 4), dim=-1), F.normalize(draw(prototypes, 4), dim=-1)
+    targets = Targets(F.normalize(draw(teachers, tokens, 4), dim=-1), F.normalize(draw(prototypes, 4), dim=-1), 0.07,
+                      draw(1, prototypes))  # fmt: skip
+    return z.requires_grad_(), weight.requires_grad_(), targets, draw(views, tokens).abs()
+
+
+@pytest.fixture(params=[1, 50, 1 << 22], ids=["a token a chunk", "two tokens a chunk", "whole"])
+def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fused.CHUNK, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_targets_are_the_distributions_that_they_stand_for() -> None:
+    _, _, targets, _ = some()
+    whole = targets.dense()
+    assert whole.shape == (2, 5, 7)
+    for v in range(2):
+        for n in range(5):
+            scores = [(targets.z[v, n] @ targets.weight[k] / 0.07 + targets.bias[0, k]).item() for k in range(7)]
+            total = sum(math.exp(s) for s in scores)
+            assert whole[v, n].tolist() == pytest.approx([math.exp(s) / total for s in scores], rel=1e-9)
+    parts = targets.split([2, 3])
+    torch.testing.assert_close(torch.cat([p.dense() for p in parts], dim=1), whole)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_equals_the_naive_triple_loop() -> None:
+    z, weight, targets, share = some()
+    wanted, total = targets.dense(), 0.0
+    for v in range(3):
+        for n in range(5):
+            logits = [sum(z[v, n, j].item() * weight[k, j].item() for j in range(4)) / 0.1 for k in range(7)]
+            log_sum = math.log(sum(math.exp(x) for x in logits))
+            mixed = [sum(MIX[v, t].item() * wanted[t, n, k].item() for t in range(2)) for k in range(7)]
+            total += share[v, n].item() * -sum(m * (x - log_sum) for m, x in zip(mixed, logits, strict=True))
+    assert cross_entropy(z, weight, targets, 0.1, share, MIX).item() == pytest.approx(total, rel=1e-10)
+
+
+@pytest.mark.usefixtures("chunked")
+def test_gradients_equal_those_of_the_whole() -> None:
+    z, weight, targets, share = some()
+    assert torch.autograd.gradcheck(lambda a, b: cross_entropy(a, b, targets, 0.1, share, MIX), (z, weight))
+    got = torch.autograd.grad(3 * cross_entropy(z, weight, targets, 0.1, share, MIX), (z, weight))
+    wanted = torch.tensordot(MIX, targets.dense(), 1).flatten(0, 1)
+    rows = dense.cross_entropy(z.flatten(0, 1), weight, wanted, 0.1)
+    expected = torch.autograd.grad(3 * (rows * share.flatten()).sum(), (z, weight))
+    torch.testing.assert_close(got, expected)
+
+
+def test_without_a_mix_each_view_has_its_own_target() -> None:
+    z, weight, targets, share = some(views=2)
+    got = cross_entropy(z, weight, targets, 0.1, share)
+    torch.testing.assert_close(got, cross_entropy(z, weight, targets, 0.1, share, torch.eye(2)))
+    assert not torch.isclose(got, cross_entropy(z, weight, targets, 0.1, share, torch.eye(2).flip(0)))
+
+
+def test_no_tokens_stay_on_the_graph() -> None:
+    z, weight, targets, share = some(tokens=0)
+    loss = cross_entropy(z, weight, targets, 0.1, share, MIX)
+    loss.backward()
+    assert loss.item() == 0
+    assert weight.grad is not None
+    assert weight.grad.eq(0).all()
+
+
+def test_the_loss_is_float32_under_autocast() -> None:
+    z, weight, targets, share = some()
+    z, weight = z.detach().float().requires_grad_(), weight.detach().float().requires_grad_()
+    targets = Targets(targets.z.float(), targets.weight.float(), 0.07, targets.bias.float())
+    alone = cross_entropy(z, weight, targets, 0.1, share, MIX)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (z[0] @ weight.T).dtype == torch.bfloat16  # what would have happened
+        again = cross_entropy(z.bfloat16().float(), weight, targets, 0.1, share, MIX)
+        mixed = cross_entropy(z, weight, targets, 0.1, share, MIX)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, alone)
+    assert not torch.equal(again, alone)
+    got, expected = (torch.autograd.grad(loss, (z, weight)) for loss in (mixed, alone))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+MEASURE = """
+import resource, sys, torch, torch.nn.functional as F
+from hybridssl.assign import sinkhorn
+from hybridssl.fused import Targets, cross_entropy
+sys.path.insert(0, "tests/hybridssl")
+import dense
+torch.set_num_threads(1)
+n, k, d = 1024, 16384, 64
+z, t = (F.normalize(torch.randn(1, n, d), dim=2) for _ in range(2))
+w = F.normalize(torch.randn(k, d), dim=1).requires_grad_()
+z.requires_grad_()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+if sys.argv[1] == "ours":
+    targets = Targets(t, w.detach(), 0.07, sinkhorn(t[0], w.detach(), 0.07)[None])
+    cross_entropy(z, w, targets, 0.1, torch.ones(1, n)).backward()
+else:
+    targets = dense.sinkhorn(t[0] @ w.detach().T, 0.07)
+    dense.cross_entropy(z[0], w, targets, 0.1).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_grows_with_the_sum_and_not_the_product() -> None:
+    """1,024 tokens x 16,384 prototypes: 64 MiB a score tensor, of which the plain version holds several."""
+
+    def peak(which: str) -> int:
+        done = subprocess.run([sys.executable, "-c", MEASURE, which], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert peak("ours") < peak("plain") / 3
