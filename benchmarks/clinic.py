@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ STEPS = {
     "efficiency": f"efficiency {COMMON} --labels-counts 10 50",
     "explain": f"explain {COMMON} --result {{out}}/logistic --worst 3",
     "drift": "drift --backbone {me} --data {ham} --new {pad} --out {out} --overwrite",
-    "select": f"select {COMMON} --count 50",
+    "select": "select --backbone {me} --data {tenth} --out {out} --overwrite --count 50",
     "report": "report {out}/knn {out}/logistic {out}/random --out {out}/report.html",
 }
 
@@ -52,38 +53,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True, metavar="NAME=SPEC", help="a run or an export")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), help="the rest is kept as it was")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of the training run; 0: all cores")
     args = parser.parse_args()
     ((name, spec),) = sets.named([args.backbone]).items()
     work = sets.work_folder()
     out = work / "clinic" / name
     places: dict[str, Any] = {"me": spec, "ham": sets.ham_index(work), "pad": sets.pad_index(work), "out": out}
+    places["tenth"] = sets.ham_with_labels(work, 0.1)  # with images to choose from for `select`
     path = RESULTS / "clinic.json"
     steps: dict[str, Any] = json.loads(path.read_text())["steps"] if path.is_file() else {}
     for step in args.only:
         if step == "zeroshot":
-            places["worded"] = worded(work)
+            places["worded"] = worded(work, args.threads)
         began = time.time()
         sets.call("finetune", *(word.format(**places) for word in STEPS[step].split()))
         seconds = round(time.time() - began)
-        steps[step] = {"seconds": seconds, "results": dict(since(out, began))}
+        steps[step] = {"seconds": seconds, "results": dict(since(out, began, {spec: name}))}
         steps = {known: steps[known] for known in STEPS if known in steps}
         write_results("clinic.json", {**machine(), "command": "python -m benchmarks.clinic", "steps": steps})
 
 
-def worded(work: Path) -> Path:
+def worded(work: Path, threads: int) -> Path:
     """A short hybrid run whose classes have words, and of which one was never labelled."""
     labelled = lambda row: row["split"] != "train" or row["label"] != "vasc"  # noqa: E731
     data, out = sets.build(work, sets.HAM, work / "ham-without-vasc", labelled), work / "runs" / "worded"
     arm = "hybrid-text"
     recipe = [*budget.SIZES["quick"], *budget.ARMS[arm].split(), *budget.words(work, arm)]
-    sets.pretrain(out, data, sets.ham_index(work), recipe)
+    sets.pretrain(out, data, sets.ham_index(work), recipe, threads)
     return out
 
 
-def since(out: Path, began: float) -> list[tuple[str, dict[str, Any]]]:
-    """(folder, metrics) of every results.json below `out` that is newer than `began`."""
-    new = [path for path in sorted(out.rglob("results.json")) if path.stat().st_mtime >= began]
-    return [(str(path.parent.relative_to(out)), json.loads(path.read_text())["metrics"]) for path in new]
+def since(out: Path, began: float, names: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(folder, metrics) of every results.json below `out` that is newer than `began`; specs by their `names`."""
+    for path in sorted(out.rglob("results.json")):
+        if path.stat().st_mtime >= began:
+            text = path.read_text()
+            for spec, name in names.items():
+                text = text.replace(spec, name)
+            yield str(path.parent.relative_to(out)), json.loads(text)["metrics"]
 
 
 if __name__ == "__main__":
