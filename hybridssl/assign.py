@@ -41,11 +41,11 @@ def sinkhorn(z: Tensor, weight: Tensor, temperature: float, iterations: int = 3)
     row, column = z.new_ones(len(z)), z.new_empty(len(weight))
     with torch.autocast(z.device.type, enabled=False):
         fits = len(z) * len(weight) <= 4 * chunk(z.device)  # few enough to be computed once and kept
-        kept = [exponentials(part) for part in parts] if fits else None
+        kept = exponentials(slice(None)) if fits else None
         for _ in range(iterations):
             sums = torch.zeros_like(row)
-            for i, part in enumerate(parts):
-                e = kept[i] if kept else exponentials(part)
+            for part in parts:
+                e = kept[:, part] if kept is not None else exponentials(part)
                 column[part] = mass / all_reduce_sum(row @ e).clamp_min(tiny)
                 sums += e @ column[part]
             row = 1 / sums.clamp_min(tiny)

@@ -98,7 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
         mix: Tensor | None,
         low: torch.dtype | None,
     ) -> Tensor:
-        loss, grad_z, grad_weight = z.new_zeros(()), torch.empty_like(z), torch.zeros_like(weight)
+        loss, grad_z, grad_weight = z.new_zeros(()), torch.empty_like(z), None
         for rows in _chunks(z.shape[1], z.shape[0] * len(weight), z.device):
             wanted = targets.rows(rows, low)
             if mix is not None:
@@ -109,15 +109,19 @@ class _CrossEntropy(torch.autograd.Function):
             loss -= torch.linalg.vecdot(wanted, log_p) @ scale[:, 0]
             gap = log_p.exp_().sub_(wanted)  # the gradient of CE with respect to the scores
             grad_z[:, rows] = (product(gap, weight, low) * (scale / temperature)).unflatten(0, (len(z), -1))
-            grad_weight += product(gap.T, mine * scale, low)
-        ctx.save_for_backward(grad_z, grad_weight)
+            moved = product(gap.T, mine * scale, low)
+            grad_weight = moved if grad_weight is None else grad_weight.add_(moved)
+        ctx.gradients = [grad_z, torch.zeros_like(weight) if grad_weight is None else grad_weight]
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        grad_z, grad_weight = ctx.saved_tensors
-        return grad_z * upstream, grad_weight * upstream, None, None, None, None, None
+        if not ctx.gradients:
+            raise RuntimeError("this loss was backpropagated before; compute it again")
+        grad_z, grad_weight = (gradient.mul_(upstream) for gradient in ctx.gradients)  # in place: they are large
+        ctx.gradients = None
+        return grad_z, grad_weight, None, None, None, None, None
 
 
 def _chunks(count: int, each: int, device: torch.device) -> Iterator[slice]:
