@@ -111,17 +111,14 @@ class _CrossEntropy(torch.autograd.Function):
             grad_z[:, rows] = (product(gap, weight, low) * (scale / temperature)).unflatten(0, (len(z), -1))
             moved = product(gap.T, mine * scale, low)
             grad_weight = moved if grad_weight is None else grad_weight.add_(moved)
-        ctx.gradients = [grad_z, torch.zeros_like(weight) if grad_weight is None else grad_weight]
+        ctx.save_for_backward(grad_z, torch.zeros_like(weight) if grad_weight is None else grad_weight)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not ctx.gradients:
-            raise RuntimeError("this loss was backpropagated before; compute it again")
-        grad_z, grad_weight = (gradient.mul_(upstream) for gradient in ctx.gradients)  # in place: they are large
-        ctx.gradients = None
-        return grad_z, grad_weight, None, None, None, None, None
+        grad_z, grad_weight = ctx.saved_tensors
+        return grad_z * upstream, grad_weight * upstream, None, None, None, None, None
 
 
 def _chunks(count: int, each: int, device: torch.device) -> Iterator[slice]:

@@ -68,14 +68,6 @@ def test_gradients_equal_those_of_the_whole() -> None:
     torch.testing.assert_close(got, expected)
 
 
-def test_a_second_backward_is_refused_and_not_wrong() -> None:
-    z, weight, targets, share = some()
-    loss = cross_entropy(z, weight, targets, 0.1, share, MIX)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="compute it again"):
-        loss.backward()
-
-
 def test_without_a_mix_each_view_has_its_own_target() -> None:
     z, weight, targets, share = some(views=2)
     got = cross_entropy(z, weight, targets, 0.1, share)
