@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from timm.layers import PatchDropoutWithIndices, PatchEmbed
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from hybridssl import packed
 from hybridssl.errors import UserError
 from hybridssl.types import Tokens
 
@@ -58,13 +61,25 @@ class Coverage:
         return text
 
 
+@dataclass(frozen=True)
+class Crops:
+    """Images of one size for a pass of the backbone."""
+
+    images: Tensor  # float [N, C, H, W], normalised, H and W multiples of the patch size
+    hidden: Tensor | None = None  # bool [N, P]: patches that it does not see
+    left_out: bool = False  # hidden patches are left out (MAE), not replaced by the mask token
+
+
 class Backbone(nn.Module):
     """A timm ViT that yields Tokens and can hide patches behind a learned mask token.
 
-    dim: D; patch_size: pixels; prefix: number of tokens (cls + registers) before the patches.
+    dim: D; patch_size: pixels; prefix: number of tokens (cls + registers) before the patches; packable: crops of
+    several sizes can share a pass, and do so where `packed` is set (by efficiency.py).
     """
 
     maskable = True
+    packable = False
+    packed = False
     mask_token: nn.Parameter | None  # None where patches cannot be hidden
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,6 +91,7 @@ class Backbone(nn.Module):
         self.dim: int = int(model.num_features)  # type: ignore[arg-type]
         self.patch_size: int = int(embed.patch_size[0])
         self.prefix: int = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+        self.packable = packed.adopt(model)
         self.mask_token = nn.Parameter(torch.zeros(self.dim))
         # The patch embedding is the one place that all of timm's ViTs share, so the mask goes in there.
         self._mask: Tensor | None = None
@@ -103,31 +119,58 @@ class Backbone(nn.Module):
         kept = torch.cat([tokens[:, : self.prefix], tokens[:, self.prefix :][rows, self._seen]], dim=1)
         return (kept, self._seen) if isinstance(output, tuple) else kept
 
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
+        """images: float [N, C, H, W], normalised, H and W multiples of patch_size; mask: bool [N, P], True: hidden."""
+        return self.see([Crops(images, mask)])[0]
+
     def visible(self, images: Tensor, mask: Tensor) -> Tokens:
         """As `forward`, but hidden patches are left out (MAE): `patches` are the others, in the order of the grid.
 
         Raises UserError when the images do not hide equally many patches, or the architecture cannot leave any out.
         """
+        return self.see([Crops(images, mask, left_out=True)])[0]
+
+    def see(self, crops: Sequence[Crops]) -> list[Tokens]:
+        """Tokens of crops of several sizes; in one pass over the weights where `packed`, else one after the other."""
+        if not self.packed:
+            return [one for each in crops for one in self._pass([each])]
+        return self._pass(crops)
+
+    def _pass(self, crops: Sequence[Crops]) -> list[Tokens]:
+        if self.packable and (len(crops) > 1 or packed.drops(self.model)):
+            return [self._tokens(x) for x in packed.run(self.model, [self._embed(one) for one in crops])]
+        (one,) = crops
+        with self._hiding(one):
+            return [self._tokens(self.model.forward_features(one.images))]  # type: ignore[operator]
+
+    def _embed(self, crops: Crops) -> packed.Embedded:
+        with self._hiding(crops):
+            return packed.embed(self.model, crops.images)
+
+    def _tokens(self, x: Tensor) -> Tokens:
+        return Tokens(x[:, 0], x[:, 1 : self.prefix], x[:, self.prefix :])
+
+    @contextmanager
+    def _hiding(self, crops: Crops) -> Iterator[None]:
+        """What is embedded in here is embedded without the patches that `crops` hides."""
+        if crops.left_out and crops.hidden is not None:
+            self._seen = self._others(crops.hidden)
+        else:
+            self._mask = crops.hidden
+        try:
+            yield
+        finally:
+            self._mask = self._seen = None
+
+    def _others(self, mask: Tensor) -> Tensor:
+        """bool [N, P] -> the places [N, V] of the patches that are not hidden."""
         if not self._droppable:
             raise UserError(f"{type(self.model).__name__} cannot leave out patches: use objectives.pixels.style=simmim")
         seen = ~mask
         counts = seen.sum(dim=1)
         if (counts != counts[0]).any():
             raise UserError(UNEQUAL)
-        self._seen = seen.nonzero()[:, 1].view(len(mask), int(counts[0]))
-        try:
-            return self(images)
-        finally:
-            self._seen = None
-
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
-        """images: float [N, C, H, W], normalised, H and W multiples of patch_size; mask: bool [N, P], True: hidden."""
-        self._mask = mask
-        try:
-            tokens = self.model.forward_features(images)  # type: ignore[operator]
-        finally:
-            self._mask = None
-        return Tokens(tokens[:, 0], tokens[:, 1 : self.prefix], tokens[:, self.prefix :])
+        return seen.nonzero()[:, 1].view(len(mask), int(counts[0]))
 
 
 def build(options: BackboneOptions, channels: int = 3, image_size: int = 224) -> Backbone:

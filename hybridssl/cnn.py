@@ -11,7 +11,7 @@ model by running ones. So
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -19,10 +19,10 @@ import timm
 import torch
 from timm.layers import convert_sync_batchnorm  # torch's own loses the activation inside timm's BatchNormAct2d
 from timm.models import get_pretrained_cfg
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hybridssl.backbone import Backbone, BackboneOptions
+from hybridssl.backbone import Backbone, BackboneOptions, Crops
 from hybridssl.dist import all_reduce_sum, world_size
 from hybridssl.errors import UserError
 from hybridssl.types import Tokens
@@ -58,15 +58,17 @@ class ConvBackbone(Backbone):
         self.mask_token = None
         self.image_size = image_size
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tokens:
-        """images: float [N, C, H, W], normalised, H and W multiples of patch_size. Raises ValueError for a mask."""
-        if mask is not None:
+    def _pass(self, crops: Sequence[Crops]) -> list[Tokens]:
+        """Raises ValueError for a mask."""
+        (one,) = crops
+        if one.hidden is not None:
             raise ValueError("a convolutional network cannot hide patches")
+        images = one.images
         with _running_statistics(self.model, images.shape[-1] >= self.image_size):
             cells = self.model.forward_features(images)  # type: ignore[operator]  # [N, D, h, w]
             cls = self.model.forward_head(cells, pre_logits=True)  # type: ignore[operator]
         patches = cells.flatten(2).transpose(1, 2)
-        return Tokens(cls, patches[:, :0], patches)
+        return [Tokens(cls, patches[:, :0], patches)]
 
 
 def is_convolutional(name: str) -> bool:

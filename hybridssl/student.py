@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridssl.backbone import Backbone
+from hybridssl.backbone import Backbone, Crops
 from hybridssl.cnn import follow_statistics
 from hybridssl.errors import UserError
 from hybridssl.health import rankme
@@ -57,27 +57,31 @@ class Student(nn.Module):
     def look(self, views: Views, masks: Tensor | None = None) -> ViewTokens:
         """Tokens of the views that the objectives use. masks: bool [2B, P], patches of the global views to hide.
 
-        Global and clean views have one size and share a pass; views that nobody uses cost nothing and have 0 rows.
+        Global and clean views have one size and lie together; views that nobody uses cost nothing and have 0 rows.
         """
-        visible = None
+        hiding = masks if self.masked else None  # nobody asks for hidden patches: nothing is hidden
+        crops: dict[str, Crops] = {}
         if "visible" in self.views and masks is not None:
-            visible = self.backbone.visible(views.global_, masks)
-        masks = masks if self.masked else None  # nobody asks for hidden patches: nothing is hidden
-        seen, hidden = [], []
-        if "global" in self.views:
-            seen.append(views.global_)
-            hidden.append(masks)
-        if "clean" in self.views and views.clean is not None:
-            seen.append(views.clean)
-            hidden.append(None if masks is None else masks.new_zeros(len(views.clean), masks.shape[1]))
-        if seen:
-            mask = torch.cat(hidden) if masks is not None and "global" in self.views else None
-            tokens = self.backbone(torch.cat(seen), mask)
-        else:  # nothing to look at, but tokens that hang on the graph, or DDP waits for the backbone's gradients
-            tokens = (visible or self.backbone(views.global_[:1]))[:0]
-        split = len(views.global_) if "global" in self.views else 0
-        local = self.backbone(views.local) if "local" in self.views and views.local is not None else None
-        return ViewTokens(tokens[:split], local, tokens[split:], views, visible)
+            crops["visible"] = Crops(views.global_, masks, left_out=True)
+        whole = {"global": views.global_, "clean": views.clean}
+        shown = {name: images for name, images in whole.items() if name in self.views and images is not None}
+        if shown:
+            crops["whole"] = Crops(torch.cat(list(shown.values())), _hidden(shown, hiding))
+        elif not crops:  # tokens that hang on the graph nevertheless, or DDP waits for the backbone's gradients
+            crops["nothing"] = Crops(views.global_[:1])
+        if "local" in self.views and views.local is not None:
+            crops["local"] = Crops(views.local)
+        seen = dict(zip(crops, self.backbone.see(list(crops.values())), strict=True))
+        tokens = seen["whole"] if shown else next(iter(seen.values()))[:0]
+        split = len(shown.get("global", ()))
+        return ViewTokens(tokens[:split], seen.get("local"), tokens[split:], views, seen.get("visible"))
+
+
+def _hidden(shown: Mapping[str, Tensor], masks: Tensor | None) -> Tensor | None:
+    """The masks of the global views, and none for the clean ones that lie behind them."""
+    if masks is None or "global" not in shown:
+        return None
+    return torch.cat([masks, *(masks.new_zeros(len(shown[n]), masks.shape[1]) for n in shown if n == "clean")])
 
 
 def _cannot_hide(objectives: Sequence[str], backbone: Backbone) -> str:
@@ -127,6 +131,7 @@ def update_teacher(teacher: Student, student: Student, momentum: float) -> None:
     not have (an earlier backbone) stay as they are.
     """
     followers = dict(teacher.named_parameters())
-    pairs = [(followers[name], parameter) for name, parameter in student.named_parameters()]
+    # What rests (the weights under low-rank updates) is the same in both.
+    pairs = [(followers[name], p) for name, p in student.named_parameters() if p.requires_grad]
     torch._foreach_lerp_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], 1.0 - momentum)
     follow_statistics(teacher, student, momentum)

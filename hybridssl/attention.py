@@ -1,0 +1,60 @@
+"""Attention of samples of several lengths that lie one behind the other: each sample attends to itself alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# (samples, tokens of each) of every group of equally long samples, in the order in which they lie: T tokens in all.
+Layout = tuple[tuple[int, int], ...]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, fused: bool, dropout: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v within each sample. q, k, v: [T, H, d] -> [T, H, d].
+
+    fused: by a kernel that keeps no attention matrix, which on CUDA is one call for all lengths where xformers is
+    installed, and one call a length where it is not. Else by plain products, whose backward pass is faster on a CPU.
+    dropout: share of the attention weights that are dropped.
+    """
+    if fused and q.is_cuda and _xformers() is not None:
+        return _block_diagonal(q, k, v, layout, dropout)
+    sizes = [samples * length for samples, length in layout]
+    parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), layout, strict=True)
+    return torch.cat([_one_length(*qkv, shape, fused, dropout) for *qkv, shape in parts])
+
+
+def _one_length(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], fused: bool, dropout: float) -> Tensor:
+    q, k, v = (t.unflatten(0, shape).transpose(1, 2) for t in (q, k, v))  # [N, H, L, d]
+    if fused:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    else:
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1)
+        out = F.dropout(weights, dropout) @ v
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _block_diagonal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -> Tensor:
+    if torch.is_autocast_enabled("cuda"):  # which knows nothing of this kernel; norms of q and k give float32
+        q, k, v = (t.to(torch.get_autocast_dtype("cuda")) for t in (q, k, v))
+    mask = _mask(layout, q.device)
+    return _xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask, p=dropout)[0]
+
+
+@functools.lru_cache(maxsize=256)  # making one copies lengths to the device, which waits for it
+def _mask(layout: Layout, device: torch.device) -> Any:
+    lengths = [length for samples, length in layout for _ in range(samples)]
+    return _xformers().fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+
+@functools.cache
+def _xformers() -> Any:
+    """xformers.ops, or None where it is not installed."""
+    try:
+        import xformers.ops
+    except ImportError:
+        return None
+    return xformers.ops
