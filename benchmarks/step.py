@@ -1,0 +1,197 @@
+"""How much slower is a training step than its bare compute, and than the step of others?
+
+    python -m benchmarks.step --size cpu                  # ViT-Ti/16 at 96 px, 4,096 and 65,536 prototypes
+    python -m benchmarks.step --size gpu                  # ViT-S, B and L at 2 x 224 + 8 x 96, 65,536, bf16
+    python -m benchmarks.step --size cpu --heads          # the heads and losses alone: time and memory
+
+The floor is the student's forward and backward pass on all crops and the teacher's forward pass on the global ones. All
+contestants (benchmarks/contestants.py) take turns, a step each a round, so that whatever else the machine does hits all
+alike. A ratio is the median over the rounds of (seconds of the contestant / seconds of the floor in the same round). On
+a GPU also images a second, TFLOP/s of the floor's work and, where the peak is known, its share. Others are timed where
+they are installed: `pip install lightly-train` brings one. Results: benchmarks/results/step-SIZE.json, heads.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common import machine, write_results
+from benchmarks.contestants import CONTESTANTS, Setting, Step, attention
+
+TINY = ("vit_tiny_patch16_224", 192, 12, 3)
+SMALL = ("vit_small_patch16_224", 384, 12, 6)
+BASE = ("vit_base_patch16_224", 768, 12, 12)
+LARGE = ("vit_large_patch16_224", 1024, 24, 16)
+SIZES = {
+    "test": [Setting("vit_tiny_patch16_224", 32, 1, 2, 64, 32, 2, batch=4, prototypes=64)],
+    "cpu": [Setting(*TINY, 96, 48, 8, batch=16, prototypes=k) for k in (4096, 65536)],
+    "gpu": [
+        Setting(*SMALL, 224, 96, 8, batch=128, prototypes=65536, precision="bf16"),
+        Setting(*BASE, 224, 96, 8, batch=64, prototypes=65536, precision="bf16"),
+        Setting(*LARGE, 224, 96, 8, batch=32, prototypes=65536, precision="bf16"),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--heads", action="store_true", help="measure heads and losses alone")
+    parser.add_argument("--tokens", type=int, default=4096, help="of --heads")
+    parser.add_argument("--prototypes", type=int, default=65536, help="of --heads")
+    parser.add_argument("--alone", choices=("ours", "plain"), help=argparse.SUPPRESS)  # a process of --heads
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.alone:
+        print(peak(args.alone, args.tokens, args.prototypes, device))
+        return
+    about = {**machine(), "command": f"python -m benchmarks.step {' '.join(sys.argv[1:])}".strip()}
+    if args.heads:
+        write_results("heads.json", {**about, **heads(args.tokens, args.prototypes, args.rounds, device)})
+        return
+    names = ["floor", *(name for name in args.only if name != "floor")]
+    with attention(device):
+        found = [race(setting, names, args.rounds, device) for setting in SIZES[args.size]]
+    write_results(f"step-{args.size}.json", {**about, "settings": found})
+
+
+def race(setting: Setting, names: Sequence[str], rounds: int, device: torch.device) -> dict[str, Any]:
+    """Every contestant that is installed, a step in turn."""
+    steps: dict[str, Step] = {}
+    left_out = {}
+    for name in names:
+        try:
+            steps[name] = CONTESTANTS[name](setting, device)
+        except ImportError as error:
+            left_out[name] = str(error)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    memory: dict[str, float] = {}
+    for number in range(-2, rounds):  # two rounds to warm up
+        for name, step in steps.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = clock(device)
+            step()
+            if number >= 0:
+                seconds[name].append(clock(device) - start)
+            if device.type == "cuda":
+                memory[name] = torch.cuda.max_memory_allocated() / 2**30
+    found: dict[str, Any] = {}
+    for name, times in seconds.items():
+        ratios = [mine / floor for mine, floor in zip(times, seconds["floor"], strict=True)]
+        found[name] = {"over_floor": round(statistics.median(ratios), 3), "quartiles": quartiles(ratios)}
+        if device.type == "cuda":
+            median = statistics.median(times)
+            found[name] |= {"images_per_s": round(setting.batch / median, 1), "peak_gib": round(memory[name], 2)}
+        print(f"K {setting.prototypes:,}  {setting.name}  {name:16} {found[name]}", flush=True)
+    return {"setting": asdict(setting), "rounds": rounds, "contestants": found, "not installed": left_out}
+
+
+def heads(tokens: int, prototypes: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    """The cross-entropy of `tokens` with Sinkhorn targets over `prototypes`: ours against the plain formulas."""
+    ratios, steps = [], {name: make_heads(name, tokens, prototypes, device) for name in ("ours", "plain")}
+    for number in range(-1, rounds):
+        times = {}
+        for name, step in steps.items():
+            start = clock(device)
+            step()
+            times[name] = clock(device) - start
+        if number >= 0:
+            ratios.append(times["ours"] / times["plain"])
+    memory = {name: memory_of(name, tokens, prototypes) for name in steps}
+    found = {
+        "tokens": tokens,
+        "prototypes": prototypes,
+        "time_over_plain": round(statistics.median(ratios), 3),
+        "quartiles": quartiles(ratios),
+        "peak_gib": {name: round(value, 3) for name, value in memory.items()},
+        "memory_over_plain": round(memory["ours"] / memory["plain"], 4),
+    }
+    print(found)
+    return found
+
+
+def make_heads(name: str, tokens: int, prototypes: int, device: torch.device, width: int = 256) -> Step:
+    from hybridssl.assign import sinkhorn
+    from hybridssl.fused import Targets, cross_entropy
+
+    g = torch.Generator().manual_seed(0)
+    rows = lambda n: F.normalize(torch.randn(n, width, generator=g), dim=1).to(device)  # noqa: E731
+    z, taught, weight, theirs = rows(tokens), rows(tokens), rows(prototypes), rows(prototypes)
+    z.requires_grad_()
+    weight.requires_grad_()
+    share = torch.full((1, tokens), 1 / tokens, device=device)
+
+    def ours() -> None:
+        targets = Targets(taught[None], theirs, 0.07, sinkhorn(taught, theirs, 0.07)[None])
+        cross_entropy(z[None], weight, targets, 0.1, share).backward()
+
+    def plain() -> None:
+        with torch.no_grad():
+            q = torch.exp((taught @ theirs.T - 1) / 0.07)
+            for _ in range(3):
+                q /= q.sum(dim=0)
+                q /= q.sum(dim=1, keepdim=True)
+        log_p = F.log_softmax(z @ weight.T / 0.1, dim=1)
+        (-(q * log_p).sum(dim=1) * share[0]).sum().backward()
+
+    def step() -> tuple[Tensor | None, Tensor | None]:
+        z.grad = weight.grad = None
+        (ours if name == "ours" else plain)()
+        return z.grad, weight.grad
+
+    return step
+
+
+def memory_of(name: str, tokens: int, prototypes: int) -> float:
+    """GiB that one step needs beyond its inputs, in a process of its own: the peak never goes down in one."""
+    command = [sys.executable, "-m", "benchmarks.step", "--alone", name]
+    command += ["--tokens", str(tokens), "--prototypes", str(prototypes)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def peak(name: str, tokens: int, prototypes: int, device: torch.device) -> float:
+    step = make_heads(name, tokens, prototypes, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    make_heads(name, 64, 128, device)()  # what libraries allot for themselves, once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def quartiles(values: Sequence[float]) -> list[float]:
+    if len(values) < 2:
+        return [round(values[0], 3)] * 2
+    low, _, high = statistics.quantiles(values, n=4)
+    return [round(low, 3), round(high, 3)]
+
+
+if __name__ == "__main__":
+    main()
