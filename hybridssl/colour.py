@@ -14,7 +14,6 @@ Brightness, contrast, saturation, hue and grey are all affine, so one matrix hol
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,27 +94,24 @@ def affine(
 
 
 def apply(crops: Tensor, parameters: Tensor, sigma_max: float) -> Tensor:
-    """uint8 [N, C, H, W] and [N, Q] -> float32 [N, C, H, W] in 0..1: colour, clamp, blur, solarisation."""
+    """uint8 [N, C, H, W] and [N, Q] -> float32 [N, C, H, W] in 0..1: colour, clamp, blur, solarisation.
+
+    The parameters lie on the host, which reads from them what to blur and invert: an accelerator does no other rows,
+    and is never asked.
+    """
     n, c, height, width = crops.shape
-    matrix, bias, threshold, sigma = parameters.split([c * c, c, 1, 1], dim=1)
+    blurred, inverted = (parameters[:, -1] > 0).nonzero()[:, 0], (parameters[:, -2] < NEVER).nonzero()[:, 0]
+    blurred, inverted, numbers = (t.to(crops.device, non_blocking=True) for t in (blurred, inverted, parameters))
+    matrix, bias, threshold, sigma = numbers.split([c * c, c, 1, 1], dim=1)
     flat = torch.bmm(matrix.view(n, c, c) / 255, crops.flatten(2).float()).add_(bias[:, :, None])
     images = flat.clamp_(0, 1).view(n, c, height, width)
-    images = _where(sigma[:, 0] > 0, images, lambda x, rows: blur(x, sigma[rows, 0], sigma_max))
-    at = threshold[:, :, None, None]
-    return _where(threshold[:, 0] < NEVER, images, lambda x, rows: torch.where(x >= at[rows], 1 - x, x))
-
-
-def _where(wanted: Tensor, images: Tensor, change: Callable[[Tensor, Tensor | slice], Tensor]) -> Tensor:
-    """`images` [N, ...] with `change(images[rows], rows)` in the `wanted` [N] rows."""
-    if _counts_freely(images):  # work on those rows only, in place
-        rows = wanted.nonzero()[:, 0]
-        return images.index_copy_(0, rows, change(images[rows], rows)) if len(rows) else images
-    return torch.where(wanted[:, None, None, None], change(images, slice(None)), images)
-
-
-def _counts_freely(images: Tensor) -> bool:
-    """Whether to ask which rows. On an accelerator the host would wait for the answer; all rows cost little there."""
-    return images.device.type == "cpu"
+    if len(blurred):
+        images.index_copy_(0, blurred, blur(images[blurred], sigma[blurred, 0], sigma_max))
+    if len(inverted):
+        some = images[inverted]
+        at = threshold[inverted, :, None, None]
+        images.index_copy_(0, inverted, torch.where(some >= at, 1 - some, some))
+    return images
 
 
 def blur(images: Tensor, sigma: Tensor, sigma_max: float) -> Tensor:

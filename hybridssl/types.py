@@ -68,7 +68,7 @@ class Batch:
     global_: Tensor  # uint8 [2, B, C, G, G]
     local: Tensor  # uint8 [L, B, C, g, g], L may be 0
     clean: Tensor  # uint8 [B', C, G, G]: a mild view of the images that need one; B' = 0 when no objective asked for it
-    colour: Tensor  # float32 [2 + L, B, Q]: per view and image, the parameters drawn in the worker (views.py owns Q)
+    colour: Tensor  # float32 [2 + L, B, Q]: per view and image, drawn in the worker (colour.py); stays on the host
     masks: Tensor  # bool [2, B, P]: patches of the global views that the student does not see
     labels: Tensor  # uint8 [B, K] multi-hot over all classes of all sources; all zero: unlabelled
     source: Tensor  # int64 [B], -1: none
@@ -85,7 +85,7 @@ class Batch:
         return self.global_.shape[1]
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "colour"}
         moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 

@@ -194,11 +194,17 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
         h, w = image.shape[0] // 2, image.shape[1] // 2
         image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_LINEAR)
     factors = [side / size for side in image.shape[:2]]  # 1..2 or less than 1; a little more where the box is no square
-    if max(factors) > 1.05:  # below that there is nothing to alias
-        sigmas = [0.45 * math.sqrt(max(f * f - 1, 1e-4)) for f in factors]
+    if max(factors) > 1:
+        sigmas = [_low_pass(f) for f in factors]
         image = cv2.GaussianBlur(image, (3, 3), sigmaX=sigmas[1], sigmaY=sigmas[0])
     how = cv2.INTER_CUBIC if max(factors) < 1 else cv2.INTER_LINEAR
     return cv2.resize(image, (size, size), interpolation=how).reshape(size, size, channels)
+
+
+def _low_pass(factor: float) -> float:
+    """The sigma whose sampled three taps are (w, 1 - 2w, w) with w = (factor - 1) / 4: nothing at 1, binomial at 2."""
+    w = min(max(factor - 1, 1e-6), 1.0) / 4
+    return 1 / math.sqrt(2 * math.log((1 - 2 * w) / w))
 
 
 def flip(image: np.ndarray, rng: np.random.Generator, options: ViewOptions) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
 from hybridssl import colour
@@ -15,12 +16,14 @@ from hybridssl.views import (
     Crops,
     Item,
     ViewOptions,
+    channel_means,
     collate,
     crop,
     draw_box,
     draw_clean_box,
     generator,
     normalise,
+    planes,
     render,
     resize,
     resize_for_eval,
@@ -58,30 +61,36 @@ def items(n: int, options: ViewOptions = SMALL, channels: int = 3, clean: bool =
 # geometry
 
 
+def pillow(image: np.ndarray, size: int, how: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+    """float [size, size(, C)]: Pillow widens its filter with the factor, so nothing aliases."""
+    return np.asarray(Image.fromarray(image).resize((size, size), how)).astype(float)
+
+
 @pytest.mark.parametrize("side", [150, 224, 240, 300, 448, 520, 1024])
 def test_resize_agrees_with_pillow(side: int) -> None:
     image = photograph(side, side)
-    expected = np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC)).astype(float)
     out = resize(image, 224)
+    filters = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # which differ by 2.5 to 3 of 255 on this noise
+    expected = min((pillow(image, 224, how) for how in filters), key=lambda picture: np.abs(out - picture).mean())
     assert out.shape == (224, 224, 3)
     assert out.dtype == np.uint8
-    assert np.abs(out - expected).mean() < 4.5  # of 255, on noise; a shift by one output pixel gives above 15
+    assert np.abs(out - expected).mean() < (4.5 if side == 448 else 3.2)  # a plain halving is sharper than either
     shifted = np.abs(out[:, 1:] - expected[:, :-1]).mean()
-    assert shifted > 2 * np.abs(out - expected).mean()
+    assert shifted > 3 * np.abs(out - expected).mean()
 
 
-@pytest.mark.parametrize("side", [300, 400, 447, 600, 1024])
+@pytest.mark.parametrize("side", [240, 260, 300, 400, 447, 520, 600, 1024])
 def test_a_zone_plate_does_not_alias(side: int) -> None:
     """Rings finer than the output can show must come out as grey, and not as coarse rings."""
     y, x = np.mgrid[:side, :side] - side / 2
-    plate = (127.5 + 120 * np.cos(np.pi * (x**2 + y**2) / side)).round().astype(np.uint8)[..., None]
+    plate = (127.5 + 120 * np.cos(np.pi * (x**2 + y**2) / side)).round().astype(np.uint8)
     c = np.arange(224) + 0.5 - 112
     radius = np.hypot(c[:, None], c[None]) / 112  # ring frequency: radius / 2 cycles a source pixel
     beyond = (radius > min(1.25 * 224 / side, 0.95)) & (radius < 1)
-    energy = resize(plate, 224)[..., 0][beyond].std()
-    assert energy < 45  # 85 without a filter; at the smallest factor Pillow's cubic filter leaves 24, this 36
-    if side >= 400:
-        assert energy < 20
+    left, reference = resize(plate[..., None], 224)[..., 0][beyond].std(), pillow(plate, 224)[beyond].std()
+    assert left < reference + 10  # without a filter 8 to 55 more
+    if side >= 300:
+        assert left < 85 / 3  # a third of what the rings carry
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 8])
@@ -153,6 +162,32 @@ def test_evaluation_sees_the_centred_square() -> None:
     assert out.shape == (3, 64, 64)
     assert out.flags.c_contiguous
     assert np.abs(out.transpose(1, 2, 0) - np.asarray(pillow).astype(float)).mean() < 4
+
+
+@pytest.mark.parametrize("side", [256, 512])
+@pytest.mark.parametrize("size", [224, 96])
+def test_a_whole_view_is_torchvisions(side: int, size: int) -> None:
+    """Crop, flip, brightness, contrast, saturation, blur, solarisation: the same parameters, the same picture.
+
+    Hue is left out: ours keeps luma, torchvision's the largest channel (test_colour.py).
+    """
+    image, (top, left, h, w) = photograph(side, side), (side // 8, side // 5, side // 2, round(0.6 * side))
+    b, c, s, sigma = 1.2, 0.8, 1.1, 1.3
+    x = TF.to_image(Image.fromarray(image))
+    x = TF.horizontal_flip(TF.resized_crop(x, top, left, h, w, [size, size], antialias=True)).float() / 255
+    x = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(x, b), c), s)
+    x = TF.solarize(TF.gaussian_blur(x, [13, 13], [sigma, sigma]), colour.SOLARIZE_AT)
+
+    crops = planes([resize(image[top : top + h, left : left + w], size)[:, ::-1]], size, 3)
+    linear, bias = colour.affine(channel_means(crops), *(np.array([v]) for v in (b, c, s, 0.0)), np.array([False]))
+    numbers = np.concatenate([linear.reshape(1, 9), bias, [[colour.SOLARIZE_AT, sigma]]], 1, dtype=np.float32)
+
+    def distance(numbers: np.ndarray) -> float:
+        return 255 * float((colour.apply(torch.from_numpy(crops), torch.from_numpy(numbers), 2.0)[0] - x).abs().mean())
+
+    assert distance(numbers) < 2  # of 255
+    brighter = numbers * np.r_[np.full(9, 1.2), np.ones(5)].astype(np.float32)
+    assert distance(brighter) > 3 * distance(numbers)
 
 
 # randomness
