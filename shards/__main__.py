@@ -5,42 +5,35 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from shards import build, demo, scan
+from shards import build, build_verb, demo, scan
 from shards.errors import DataError
 from shards.index import Index
+from shards.progress import bar
 from shards.stats import Stats, stats
-from shards.table import ROLES
 
 console = Console()
-Tick = Callable[[int, int], None]
 
 _EXAMPLES = {
     "": "python -m shards demo --out data/demo\n"
     "python -m shards build --images photos/ --table labels.csv --out data/derm\n"
     "python -m shards stats data/derm",
     "demo": "python -m shards demo --out data/demo",
-    "build": "python -m shards build --images photos/ --table labels.csv --out data/derm\n"
-    "python -m shards build --images photos/ --table labels.csv --out data/derm \\\n"
-    "    --label-column diagnosis --group-column patient --split 70/10/20 --short-side 256",
-    "index": "python -m shards index data/tars --source hospital_a",
+    "build": build_verb.EXAMPLES,
+    "index": "python -m shards index data/tars --source hospital_a\npython -m shards index data/derm --merge",
     "stats": "python -m shards stats data/derm --verify",
 }
-_SPLITTING = """\
---split draws by a hash of the patient (or what --by names), so images that come later move no one. Classes are split
-alike up to chance: the summary names a class that a split lacks, and --split-seed draws again."""
 _ABOUT = {
     "demo": "Draw the synthetic demo set: dermoscopy-like images of seven classes. No data of any patient.",
-    "build": "Pack a folder of images, and what a CSV table says of them, into tar shards with an index.",
+    "build": build_verb.ABOUT,
     "index": "Index WebDataset tars where they lie; they are not changed. Of each sample are used: an image (jpg, "
-    "jpeg, png, webp) and, where there, json (label, source, group, split, meta), cls, txt, mask.png.",
+    "jpeg, png, webp, tif) and, where there, json (label, source, group, split, meta), cls, txt, mask.png. "
+    "With --merge: join the parts of a build.",
     "stats": "Count samples, classes, splits, sources and sizes of an index, and name what looks wrong.",
 }
 
@@ -55,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         return _fail(f"{error.filename or 'file'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        return _fail("stopped; nothing half-written was left behind", 130)
+        return _fail("stopped; nothing half-written counts, and a build goes on where it was", 130)
     return 0
 
 
@@ -93,87 +86,41 @@ def _parser() -> argparse.ArgumentParser:
         "--withheld", type=float, default=0.5, help="share of training patients without labels (default 0.5)"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace an index that is there")
-    _build_arguments(verb("build", _build))
+    build_verb.add_arguments(verb("build", _build))
     sub = verb("index", _index)
     sub.add_argument("folder", type=Path, metavar="DIR", help="the folder with the tars")
     sub.add_argument("--source", default="", help="name of the source, for samples that do not name theirs")
     sub.add_argument("--split", default="", help="split of samples that do not name theirs, such as train")
-    sub.add_argument("--channels", type=int, choices=(1, 3), default=3, help="of the images as read (default 3)")
+    sub.add_argument("--channels", type=int, default=3, help="of the images as read (default 3)")
+    sub.add_argument("--merge", action="store_true", help="join the parts that `build --part I/N --out DIR` wrote")
+    sub.add_argument("--overwrite", action="store_true", help="with --merge: replace an index that is there")
     sub = verb("stats", _stats)
     sub.add_argument("folder", type=Path, metavar="DIR", help="a folder with an index")
     sub.add_argument("--verify", action="store_true", help="also read every byte and compare the checksums")
     return parser
 
 
-def _build_arguments(sub: argparse.ArgumentParser) -> None:
-    default = build.BuildOptions()
-    add = sub.add_argument
-    add("--images", required=True, type=Path, metavar="DIR", help="folder of images, searched with all below it")
-    add("--table", type=Path, metavar="CSV", help="one row an image; without it, all images, unlabelled")
-    add("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
-    sub.epilog = f"{_SPLITTING}\n\n{sub.epilog}"
-    columns = sub.add_argument_group("columns of the table (all others are kept as meta)")
-    says = {
-        "path": "the image: its path below --images or beside the table, or its name where that is unique",
-        "label": "the class; empty: unlabelled; a|b: both",
-        "source": "the hospital or data set: whose list of classes counts",
-        "group": "the patient or lesion: never on both sides of a split",
-        "split": "train, val or test",
-        "text": "a sentence of report",
-        "mask": "path of a mask image",
-    }
-    for role in ROLES:
-        columns.add_argument(f"--{role}-column", metavar="NAME", help=f"{says[role]} (default: {role})")
-    add("--shard-size", default=default.shard_size, metavar="N", help="256MB (the default), or samples such as 1000")
-    add(
-        "--short-side",
-        type=int,
-        default=0,
-        metavar="PX",
-        help="shrink larger images; without it, bytes stay as they are",
-    )
-    add(
-        "--quality",
-        type=int,
-        default=default.quality,
-        help=f"JPEG quality of what was shrunk (default {default.quality})",
-    )
-    add("--split", default="", metavar="70/10/20", help="shares of train/val/test instead of the table's (see below)")
-    add("--by", default="", metavar="COLUMN", help="what stays together in --split (default: the group, or the image)")
-    add("--split-seed", type=int, default=0, help="another seed, another split")
-    add("--channels", type=int, choices=(1, 3), default=3, help="of the images as read later (default 3)")
-    add("--workers", type=int, default=0, help="threads (default: one a core)")
-    add("--overwrite", action="store_true", help="replace an index that is there")
-
-
 def _demo(args: argparse.Namespace) -> None:
-    with _bar("drawing") as tick:
+    with bar("drawing") as tick:
         index = demo.generate(args.out, args.samples, args.seed, args.size, args.withheld, args.overwrite, tick)
     _summary(index, f"accelerate launch pretrain recipe=demo data.train={args.out}")
 
 
 def _build(args: argparse.Namespace) -> None:
-    columns = {role: name for role in ROLES if (name := getattr(args, f"{role}_column")) is not None}
-    if columns and args.table is None:
-        raise DataError(f"--{next(iter(columns))}-column names a column, but there is no --table")
-    names = ("shard_size", "short_side", "quality", "split", "by", "split_seed", "channels", "workers", "overwrite")
-    options = build.BuildOptions(columns=columns, **{name: getattr(args, name) for name in names})
-    with _bar("packing") as tick:
-        built = build.build(args.images, args.out, args.table, options, tick)
-    if built.ignored:
-        console.print(f"{built.ignored:,} images of {args.images} are not in the table and were left out")
-    if built.quarantined:
-        console.print(
-            f"[yellow]{built.quarantined:,} images cannot be read and were left out: see {args.out}/quarantine.jsonl"
-        )
-    _summary(built.index, f"python -m hybridssl doctor --data {args.out}", built.quarantined)
+    if built := build_verb.run(args):
+        _summary(built.index, f"python -m hybridssl doctor --data {args.out}", built.quarantined)
 
 
 def _index(args: argparse.Namespace) -> None:
+    if args.merge:
+        with bar("joining") as tick:
+            built = build.join(args.folder, args.overwrite, tick)
+        build_verb.tell(built, args.folder)
+        return _summary(built.index, f"python -m hybridssl doctor --data {args.folder}", built.quarantined)
     if not args.folder.is_dir():
         raise DataError(f"{args.folder} is no folder")
     tars = len(list(args.folder.glob("*.tar")))
-    with _bar("indexing") as tick:
+    with bar("indexing") as tick:
         done = iter(range(1, tars + 1))
         index = scan.write(
             args.folder,
@@ -240,15 +187,6 @@ def _summary(index: Index, then: str, quarantined: int = 0, found: Stats | None 
     for warning in found.warnings:
         console.print(f"[yellow]note:[/] {warning}")
     console.print(f"next: {then}", soft_wrap=True)
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Tick]:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    errors = Console(stderr=True)  # so that the output stays clean; and nothing where no one watches
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import numpy as np
 import simplejpeg
 
 from shards import scan
-from shards.build import write_shards, writing
 from shards.draw import SITES, Photo, photograph
 from shards.errors import DataError
 from shards.index import Index
+from shards.place import writing
+from shards.tars import write_tar
 
 # class: (how many of 20 lesions, what its structure is called in a report, synonyms, definition)
 KINDS: dict[str, tuple[int, tuple[str, ...], str, str]] = {
@@ -70,6 +72,7 @@ KINDS: dict[str, tuple[int, tuple[str, ...], str, str]] = {
 PLACES = ("back", "chest", "abdomen", "face", "scalp", "upper arm", "forearm", "hand", "thigh", "lower leg", "foot")
 TONES = ("I", "II", "III", "IV", "V", "VI")
 TONE_ODDS = (0.14, 0.22, 0.22, 0.18, 0.14, 0.10)
+SHARD = 100  # samples
 SPLIT_CYCLE = ("train", "test", "train", "train", "val", "train", "train", "test", "train", "train")  # 70/10/20
 
 
@@ -93,7 +96,9 @@ def generate(
             "needed are 40 or more samples, 32..1024 px, a seed of 0 or more, and a share from 0 to below 1"
         )
     with writing(Path(out), overwrite) as partial:
-        write_shards(partial, _samples(samples, seed, size, withheld, progress), "100")
+        drawn = _samples(samples, seed, size, withheld, progress)
+        for number in range(-(-samples // SHARD)):
+            write_tar(partial / f"shard-{number:06d}.tar", islice(drawn, SHARD))
         write_classes(partial / "classes.csv")
         scan.write(partial, synthetic=True)
     return Index.open(out)

@@ -6,7 +6,7 @@ import json
 import os
 import tarfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ from shards.format import CREATED_BY, FORMAT, IMAGE_EXTENSIONS, PICKLED, SPLITS,
 from shards.index import MEMBERS, Index, file_sha256, labels_of
 
 Member = tuple[int, int]  # byte offset and size
+Record = dict[str, Any]  # key, labels, source, split, group and digest (hashes), and a Member for each of MEMBERS
 
 
 def write(
@@ -41,17 +42,41 @@ def write(
         packed = sorted(root.glob("*.tar.*")) + sorted(root.glob("*.tgz"))
         hint = f"; unpack {packed[0].name} first (byte offsets need a plain tar)" if packed else ""
         raise DataError(f"{root} holds no *.tar file to index{hint}")
-    columns, shards = _Columns(source, split), []
-    for path in tars:
-        before = len(columns)
-        with path.open("rb") as file:
-            for key, members in samples(path):
-                columns.add(file, key, members)
-        shards.append({"name": path.name, "samples": len(columns) - before, "bytes": path.stat().st_size})
-        shards[-1]["sha256"] = file_sha256(path)
-        progress(path.name)
+
+    def scanned() -> Iterator[tuple[dict[str, Any], list[Record]]]:
+        for path in tars:
+            yield shard(path, source, split)
+            progress(path.name)
+
+    return write_index(root, scanned(), synthetic=synthetic, channels=channels, in_place=in_place)
+
+
+def shard(path: Path, source: str = "", split: str = "") -> tuple[dict[str, Any], list[Record]]:
+    """One tar: what the index says of the shard, and a plain record (it goes into JSON) of each of its samples."""
+    with path.open("rb") as file:
+        records = [_record(file, key, members, source, split) for key, members in samples(path)]
+    found = [record for record in records if record is not None]
+    about = {"name": path.name, "samples": len(found), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return about, found
+
+
+def write_index(
+    root: Path,
+    scanned: Iterable[tuple[dict[str, Any], list[Record]]],
+    *,
+    synthetic: bool = False,
+    channels: int = 3,
+    in_place: bool = False,
+) -> Index:
+    """Write the index of shards as `shard` describes them, and open it."""
+    columns, shards = _Columns(), []
+    for about, records in scanned:
+        for record in records:
+            columns.add(record)
+        shards.append(about)
     if not len(columns):
-        raise DataError(f"no sample with an image ({', '.join(IMAGE_EXTENSIONS)}) in the {len(tars)} tars of {root}")
+        what = f"no sample with an image ({', '.join(IMAGE_EXTENSIONS)})"
+        raise DataError(f"{what} in the {len(shards)} tars of {root}")
     new = root / "index.safetensors.new", root / "index.json.new"
     try:
         save_file(columns.finish(), new[0])
@@ -130,11 +155,43 @@ def _check_name(path: Path, name: str) -> None:
         raise DataError(f"{path}: member {name!r} leaves its folder, which is refused")
 
 
+def _record(file: BinaryIO, key: str, members: dict[str, Member], source: str, split: str) -> Record | None:
+    """What the index holds of a sample; None: it has no image."""
+    image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
+    if image is None:
+        return None
+    row = _json(file, key, members)
+    labels = labels_of(row)
+    if not labels and "cls" in members:
+        labels = (_read(file, members["cls"]).decode("utf-8", "replace").strip(),)
+    labels = tuple(label for label in labels if label)
+    group = str(row.get("group") or "")
+    found = {"image": image, "json": members.get("json"), "mask": members.get("mask.png"), "txt": members.get("txt")}
+    return {
+        "key": key,
+        "labels": labels,
+        "source": str(row.get("source") or source or ("default" if labels else "")),
+        "split": str(row.get("split") or split),
+        "group": hash64(group.encode()) if group else 0,
+        "digest": hash64(_read(file, image)),
+        **{name: member or (0, 0) for name, member in found.items()},
+    }
+
+
+def _json(file: BinaryIO, key: str, members: dict[str, Member]) -> dict[str, Any]:
+    if "json" not in members:
+        return {}
+    try:
+        row = json.loads(_read(file, members["json"]))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file.name}: the json member of sample {key!r} is no JSON ({error})") from None
+    return row if isinstance(row, dict) else {}
+
+
 class _Columns:
     """The rows of an index as they are found; names become numbers at the end."""
 
-    def __init__(self, source: str, split: str):
-        self.source, self.split = source, split
+    def __init__(self) -> None:
         self.members = {name: array("q") for name in MEMBERS}
         self.numbers = {name: array("q") for name in ("source", "split", "label", "group", "digest")}
         self.keys, self.key_at = bytearray(), array("q", [0])
@@ -146,43 +203,23 @@ class _Columns:
     def __len__(self) -> int:
         return len(self.key_at) - 1
 
-    def add(self, file: BinaryIO, key: str, members: dict[str, Member]) -> None:
-        image = next((members[e] for e in IMAGE_EXTENSIONS if e in members), None)
-        if image is None:
-            return
-        row, data = self._json(file, key, members)
-        labels = labels_of(row)
-        if not labels and "cls" in members:
-            labels = (_read(file, members["cls"]).decode("utf-8", "replace").strip(),)
-        labels = tuple(label for label in labels if label)
-        source = str(row.get("source") or self.source or ("default" if labels else ""))
-        split = str(row.get("split") or self.split)
-        group = str(row.get("group") or "")
-        found = {"image": image, "json": data, "mask": members.get("mask.png"), "txt": members.get("txt")}
-        for name, member in found.items():
-            self.members[name].extend(member or (0, 0))
+    def add(self, record: Record) -> None:
+        for name in MEMBERS:
+            self.members[name].extend(record[name])
+        source, labels = record["source"], record["labels"]
         numbers = {
             "source": self._number(self.sources, source) if source else -1,
-            "split": self._number(self.splits, split),
+            "split": self._number(self.splits, record["split"]),
             "label": self.labels.setdefault(labels[0], len(self.labels)) if labels else -1,
-            "group": hash64(group.encode()) if group else 0,
-            "digest": hash64(_read(file, image)),
+            "group": record["group"],
+            "digest": record["digest"],
         }
         for name, value in numbers.items():
             self.numbers[name].append(value)
         if source:
             self.vocabulary.setdefault(source, set()).update(labels)
-        self.keys += key.encode()
+        self.keys += record["key"].encode()
         self.key_at.append(len(self.keys))
-
-    def _json(self, file: BinaryIO, key: str, members: dict[str, Member]) -> tuple[dict[str, Any], Member | None]:
-        if "json" not in members:
-            return {}, None
-        try:
-            row = json.loads(_read(file, members["json"]))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file.name}: the json member of sample {key!r} is no JSON ({error})") from None
-        return (row if isinstance(row, dict) else {}), members["json"]
 
     @staticmethod
     def _number(names: list[str], name: str) -> int:

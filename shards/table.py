@@ -1,4 +1,4 @@
-"""A CSV table and a folder of images become rows: every image found, every cell understood, or an error."""
+"""A table and a folder of images become rows: every image found, every cell understood, or an error."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import difflib
 import os
 import unicodedata
 from collections import defaultdict
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from shards import dicom
 from shards.errors import DataError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
@@ -20,10 +21,10 @@ _SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev":
 
 @dataclass(frozen=True)
 class Row:
-    """One image to pack, and what the table says of it."""
+    """One file to pack, and what is said of it."""
 
     image: Path
-    name: str  # path below the image folder, as POSIX
+    name: str  # path below the image folder, as POSIX; hashed where there is a salt
     labels: tuple[str, ...] = ()
     source: str = ""
     group: str = ""
@@ -34,7 +35,10 @@ class Row:
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """{POSIX path below the folder: file} of every image by its suffix, hidden files left out."""
+    """{POSIX path below the folder: file} of every image by its suffix, hidden files left out.
+
+    DICOM files often have no suffix, or the end of a UID for one; they are known by their first bytes.
+    """
     if not folder.is_dir():
         raise DataError(f"image folder {folder} does not exist")
     found = {}
@@ -42,18 +46,50 @@ def find_images(folder: Path) -> dict[str, Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(base, name)
-            if path.suffix.lower() in SUFFIXES and not name.startswith("."):
+            if not name.startswith(".") and (path.suffix.lower() in SUFFIXES or is_dicom_file(path)):
                 found[_plain(path.relative_to(folder).as_posix())] = path
     if not found:
-        raise DataError(f"image folder {folder} holds no image ({' '.join(SUFFIXES)})")
+        raise DataError(f"image folder {folder} holds no image ({' '.join(SUFFIXES)}, DICOM)")
     return dict(sorted(found.items()))
 
 
-def read_table(table: Path, folder: Path, images: dict[str, Path], asked: dict[str, str]) -> list[Row]:
-    """The rows of a CSV table, in its order. `asked` names columns for ROLES other than by default."""
-    header, lines = _read_csv(table)
+def is_dicom_file(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    if suffix in (*SUFFIXES, *dicom.SUFFIXES) or suffix[1:].isalpha():
+        return suffix in dicom.SUFFIXES
+    try:
+        with path.open("rb") as file:
+            return dicom.is_dicom(file.read(132), "")
+    except OSError:
+        return False
+
+
+def from_folders(row: Row, levels: tuple[str, ...]) -> Row:
+    """What the folders on the way to the image say, from the top, of roles that the table leaves empty."""
+    folders = PurePosixPath(row.name).parts[:-1]
+    said = {role: name for role, name in zip(levels, folders, strict=False) if role != "-"}
+    new: dict[str, Any] = {r: said[r] for r in ("source", "group") if r in said and not getattr(row, r)}
+    if "split" in said and not row.split:
+        new["split"] = split_name(said["split"])
+    if "label" in said and not row.labels:
+        new["labels"] = (said["label"],)
+    return replace(row, **new)
+
+
+def split_name(text: str) -> str:
+    return _SPLIT_NAMES.get(text.lower(), text.lower())
+
+
+def read_table(
+    table: Path, folder: Path, images: dict[str, Path], asked: dict[str, str], private: bool = False
+) -> list[Row]:
+    """The rows of a CSV or Parquet table, in its order. `asked` names columns for ROLES other than by default.
+
+    `private`: no error repeats a cell, for it may hold a name.
+    """
+    header, lines = _read_parquet(table) if table.suffix.lower() in (".parquet", ".pq") else _read_csv(table)
     columns = _columns(table, header, asked)
-    find = _Finder(folder, table, images)
+    find = _Finder(folder, table, images, private)
     rows, seen = [], {}
     for number, cells in lines:
         cell = {role: cells[name].strip() for role, name in columns.items()}
@@ -62,9 +98,9 @@ def read_table(table: Path, folder: Path, images: dict[str, Path], asked: dict[s
             raise DataError(f"{where}: the column {columns['path']!r} is empty; every row names an image")
         name = find.image(cell["path"], where)
         if name in seen:
-            raise DataError(f"{where} names {name}, and so does row {seen[name]}: keep one row an image")
+            what = "the same image as" if private else f"{name}, and so does"
+            raise DataError(f"{where} names {what} row {seen[name]}: keep one row an image")
         seen[name] = number
-        split = cell.get("split", "").lower()
         rows.append(
             Row(
                 image=images[name],
@@ -72,7 +108,7 @@ def read_table(table: Path, folder: Path, images: dict[str, Path], asked: dict[s
                 labels=tuple(part.strip() for part in cell.get("label", "").split("|") if part.strip()),
                 source=cell.get("source", ""),
                 group=cell.get("group", ""),
-                split=_SPLIT_NAMES.get(split, split),
+                split=split_name(cell.get("split", "")),
                 text=cell.get("text", ""),
                 mask=find.mask(cell["mask"], where) if cell.get("mask") else None,
                 meta={k: v for k, v in cells.items() if k not in columns.values() and v != ""},
@@ -81,29 +117,6 @@ def read_table(table: Path, folder: Path, images: dict[str, Path], asked: dict[s
     if not rows:
         raise DataError(f"{table} has a header and no row")
     return rows
-
-
-def split_of(name: str, parts: list[tuple[str, float]], seed: int = 0) -> str:
-    """The split of a group by its hash alone: images added later move no one. `parts`: (name, share), sum 1."""
-    digest = blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-    at = int.from_bytes(digest, "little") / 2**64
-    for split, share in parts:
-        if at < share:
-            return split
-        at -= share
-    return parts[-1][0]
-
-
-def parse_split(text: str) -> list[tuple[str, float]]:
-    """`70/10/20` -> shares of train, val and test; `80/20` -> train and test."""
-    try:
-        shares = [float(part) for part in text.split("/")]
-        names = {2: ("train", "test"), 3: ("train", "val", "test")}[len(shares)]
-    except (ValueError, KeyError):
-        raise DataError(f"--split {text}: write shares of train/val/test such as 70/10/20, or of train/test") from None
-    if min(shares) < 0 or abs(sum(shares) - 100) > 1e-6:
-        raise DataError(f"--split {text}: the shares sum to {sum(shares):g} where 100 is needed")
-    return [(name, share / 100) for name, share in zip(names, shares, strict=True)]
 
 
 def nearest(name: str, names: list[str]) -> str:
@@ -142,8 +155,32 @@ def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     return header, lines
 
 
+def _read_parquet(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    try:
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        raise DataError(f"{table} needs pyarrow: pip install 'hybridssl[parquet]', or save it as CSV") from None
+    if not table.is_file():
+        raise DataError(f"table {table} does not exist")
+    try:
+        rows = pyarrow.parquet.read_table(table)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{table} cannot be read as Parquet: {error}") from None
+    lines = [{name: _cell(value) for name, value in row.items()} for row in rows.to_pylist()]
+    return list(rows.column_names), list(enumerate(lines, 1))
+
+
+def _cell(value: Any) -> str:
+    """A value of Parquet as it would stand in CSV: nothing is empty, and a list is `a|b`."""
+    if isinstance(value, list):
+        return "|".join(_cell(part) for part in value)
+    return "" if value is None or value != value else str(value)
+
+
 def _columns(table: Path, header: list[str], asked: dict[str, str]) -> dict[str, str]:
     """{role: column name} for the roles that the table fills."""
+    if "path" not in header and "image" in header:
+        asked = {"path": "image", **asked}
     columns = {role: asked.get(role, role) for role in ROLES if role in asked or role in header}
     for role in ("path", *asked):
         name = asked.get(role, role)
@@ -158,8 +195,8 @@ def _columns(table: Path, header: list[str], asked: dict[str, str]) -> dict[str,
 class _Finder:
     """Which file a cell means: its path below the images or beside the table, with or without suffix or folder."""
 
-    def __init__(self, folder: Path, table: Path, images: dict[str, Path]):
-        self.folder, self.table, self.images = folder, table, images
+    def __init__(self, folder: Path, table: Path, images: dict[str, Path], private: bool):
+        self.folder, self.table, self.images, self.private = folder, table, images, private
         self.loose: dict[str, list[str]] = defaultdict(list)
         for name in images:
             path = PurePosixPath(name)
@@ -177,16 +214,21 @@ class _Finder:
                 return below
         matches = self.loose.get(name, [])
         if len(matches) > 1:
-            raise DataError(f"{where}: {cell!r} could be any of {', '.join(matches[:3])}: write the whole path")
+            like = "several" if self.private else f"any of {', '.join(matches[:3])}"
+            raise DataError(f"{where}: {self._said('image', cell)} could be {like}: write the whole path")
         if not matches:
-            raise DataError(f"{where}: image {cell!r} is not in {self.folder}{nearest(name, list(self.images)[:5000])}")
+            near = "" if self.private else nearest(name, list(self.images)[:5000])
+            raise DataError(f"{where}: {self._said('image', cell)} is not in {self.folder}{near}")
         return matches[0]
 
     def mask(self, cell: str, where: str) -> Path:
         for base in (self.table.parent, self.folder):
             if (path := base / cell).is_file():
                 return path
-        raise DataError(f"{where}: mask {cell!r} is neither beside the table nor in {self.folder}")
+        raise DataError(f"{where}: {self._said('mask', cell)} is neither beside the table nor in {self.folder}")
+
+    def _said(self, what: str, cell: str) -> str:
+        return f"its {what}" if self.private else f"{what} {cell!r}"
 
 
 def _plain(name: str) -> str:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.build import BuildOptions, build, key_of
+from shards.build import BuildOptions, build
 from shards.errors import DataError
 from shards.format import decode, decode_mask
 from shards.index import Index
-from shards.table import parse_split, split_of
+from shards.pack import key_of
+from shards.split import parse_split, split_of
 
 Table = Callable[[Path, list[dict[str, str]]], Path]
 

@@ -70,8 +70,8 @@ def test_transparent_pixels_are_black() -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        (b"", "not a JPEG, PNG or WebP image: 0 bytes"),
-        (b"GIF89a" + bytes(20), "not a JPEG, PNG or WebP"),
+        (b"", "not a JPEG, PNG, WebP or TIFF image: 0 bytes"),
+        (b"GIF89a" + bytes(20), "not a JPEG, PNG, WebP or TIFF"),
         (b"\xff\xd8\xff", "damaged jpg image"),
         (encoded(smooth(), "JPEG")[:400], "damaged jpg image"),
         (encoded(smooth(), "PNG")[:100], "damaged png image"),

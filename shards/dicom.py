@@ -1,0 +1,213 @@
+"""DICOM: pixels in their rescaled units through a window, a few tags by name, and no identifier that is not hashed.
+
+No error message here repeats what a file says, for it may be a name. Needs pydicom (`pip install 'hybridssl[dicom]'`).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shards.errors import DataError
+from shards.format import bound
+from shards.options import BuildOptions
+from shards.privacy import Salt
+from shards.sources import Frame, choose, error_name, scaled
+
+SUFFIXES = (".dcm", ".dicom")
+# What is kept without asking: how the picture was made. Nothing of it says who it shows.
+TAGS = (
+    *("Modality", "BodyPartExamined", "ViewPosition", "Laterality", "ImageLaterality"),
+    *("Manufacturer", "ManufacturerModelName", "PixelSpacing", "SliceThickness"),
+)
+_CODED = ("CS", "AS", "DS", "IS", "FL", "FD", "SL", "SS", "UL", "US")  # codes and numbers: no room for free text
+_BY_NAME = ("Manufacturer", "ManufacturerModelName")  # text, but of the device's maker
+_CODE = re.compile(r"[A-Z0-9 _]{1,16}")  # the grammar of CS (PS3.5, table 6.2-1)
+
+
+@dataclass(frozen=True)
+class Study:
+    """One file: its identifiers hashed, its tags, and its pixels behind `frames`."""
+
+    group: str  # the patient, hashed; "": unknown
+    meta: dict[str, Any]
+    count: int  # frames in the file
+    dataset: Any
+
+
+def is_dicom(data: bytes, suffix: str) -> bool:
+    return data[128:132] == b"DICM" or suffix.lower() in SUFFIXES
+
+
+def check_tags(names: tuple[str, ...]) -> None:
+    """DataError for a name that is no tag, or a tag that could hold an identifier."""
+    datadict = _pydicom().datadict
+    for name in names:
+        tag = datadict.tag_for_keyword(name)
+        if tag is None:
+            raise DataError(f"--tags {name}: DICOM knows no such keyword (they are written as in BodyPartExamined)")
+        if datadict.dictionary_VR(tag) not in _CODED and name not in _BY_NAME:
+            raise DataError(f"--tags {name}: it may name a person, a place or a day; codes and numbers can be kept")
+
+
+def read(data: bytes, options: BuildOptions) -> Study:
+    """Everything but the pixels. DataError, in words of our own, for what cannot or should not be read."""
+    pydicom = _pydicom()
+    with _speechless():
+        try:
+            dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+            rows, columns = int(dataset.Rows), int(dataset.Columns)
+            count = int(dataset.get("NumberOfFrames") or 1)
+            burned_in = str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES"
+            hashed = _hashed(dataset, Salt(options.salt))
+            meta = _tags(dataset, (*TAGS, *options.tags))
+        except DataError:
+            raise
+        except Exception as error:  # a damaged header fails in many ways
+            raise DataError(f"no DICOM image that can be read ({error_name(error)})") from None
+    bound(columns, rows)
+    if count < 1 or count > len(data):
+        raise DataError(f"its number of frames ({count:,}) cannot be right")
+    if burned_in and not options.keep_burned_in:
+        raise DataError("it says that text is burnt into its pixels (BurnedInAnnotation), perhaps a name: look at it, "
+                        "and build with --keep-burned-in if there is none")  # fmt: skip
+    group = hashed.pop("group", "")
+    return Study(group, meta | hashed, count, dataset)
+
+
+def frames(study: Study, options: BuildOptions) -> Iterator[tuple[int, int, Frame]]:
+    """(number, how many there are, frame): RGB as 8 bits, grey as 16 bits through the window."""
+    pixels = _pydicom().pixels
+    for number in choose(study.count, options.frames):
+        with _speechless():
+            try:
+                values = pixels.pixel_array(study.dataset, index=number)
+                yield number, study.count, _frame(study.dataset, values, number, options)
+            except DataError:
+                raise
+            except Exception as error:
+                syntax = str(getattr(study.dataset.file_meta, "TransferSyntaxUID", "unknown"))
+                raise DataError(
+                    f"frame {number} of {study.count} cannot be decoded ({error_name(error)}; transfer syntax {syntax})"
+                ) from None
+
+
+def window(values: np.ndarray, centre: float, width: float, function: str = "LINEAR") -> np.ndarray:
+    """Rescaled values -> 0..1, as PS3.3 C.11.2.1.2 and C.11.2.1.3 define them."""
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
+    if function == "LINEAR_EXACT":
+        low, span = centre - width / 2, width
+    else:
+        low, span = centre - 0.5 - (width - 1) / 2, width - 1
+    return np.clip((values - low) / max(span, 1e-12), 0, 1)
+
+
+def _frame(dataset: Any, values: np.ndarray, number: int, options: BuildOptions) -> Frame:
+    pixels, kind = _pydicom().pixels, str(dataset.PhotometricInterpretation)
+    if kind == "PALETTE COLOR":
+        values = pixels.apply_color_lut(values, dataset)
+        values = (values >> 8).astype(np.uint8) if values.dtype == np.uint16 else values
+    if values.ndim == 3:
+        bits = int(dataset.BitsStored) if kind != "PALETTE COLOR" else 8
+        return Frame((values >> max(bits - 8, 0)).astype(np.uint8)[..., :3])
+    share = _windowed(dataset, values, number, options)
+    return scaled((1 - share if kind == "MONOCHROME1" else share)[..., None], 0.0, 1.0)
+
+
+def _windowed(dataset: Any, values: np.ndarray, number: int, options: BuildOptions) -> np.ndarray:
+    """Stored grey values [H, W] -> 0..1: to their units, then through the window that was asked for."""
+    pixels = _pydicom().pixels
+    slope, intercept = (_of_frame(dataset, number, name) for name in ("RescaleSlope", "RescaleIntercept"))
+    if "ModalityLUTSequence" in dataset:
+        values = pixels.apply_modality_lut(values, dataset)
+    values = values.astype(np.float64)
+    if slope is not None and intercept is not None:
+        values = values * float(slope) + float(intercept)
+    if options.window == "file" and "VOILUTSequence" in dataset:
+        bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
+        table = pixels.apply_voi(np.round(values).astype(np.int64), dataset)
+        return np.clip(table / ((1 << bits) - 1), 0, 1)
+    centre, width = _of_frame(dataset, number, "WindowCenter"), _of_frame(dataset, number, "WindowWidth")
+    if options.window not in ("file", "full"):
+        return window(values, *options.window_range())
+    if options.window == "file" and centre is not None and width is not None and float(_first(width)) > 0:
+        function = _of_frame(dataset, number, "VOILUTFunction") or "LINEAR"
+        return window(values, float(_first(centre)), float(_first(width)), str(function))
+    low, high = float(values.min()), float(values.max())
+    return (values - low) / max(high - low, 1e-12)
+
+
+def _of_frame(dataset: Any, number: int, keyword: str) -> Any:
+    """A value of the file or, in enhanced multi-frame files, of the frame or of all frames; None: there is none."""
+    if dataset.get(keyword) is not None:
+        return dataset.get(keyword)
+    each, shared = dataset.get("PerFrameFunctionalGroupsSequence"), dataset.get("SharedFunctionalGroupsSequence")
+    groups = ([each[number]] if each and number < len(each) else []) + ([shared[0]] if shared else [])
+    for group in groups:
+        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            if group.get(name) and group[name][0].get(keyword) is not None:
+                return group[name][0].get(keyword)
+    return None
+
+
+def _first(value: Any) -> Any:
+    return value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value
+
+
+def _hashed(dataset: Any, salt: Salt) -> dict[str, str]:
+    """The identifiers there are: patient (group), study and series."""
+    names = {"group": "PatientID", "study": "StudyInstanceUID", "series": "SeriesInstanceUID"}
+    values = {kind: str(dataset.get(name) or "").strip() for kind, name in names.items()}
+    return {kind: salt.hash(kind, value) for kind, value in values.items() if value}
+
+
+def _tags(dataset: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    """{keyword: value}: numbers, codes of the right grammar, and what _BY_NAME lists; anything else is left out."""
+    found: dict[str, Any] = {}
+    for name in names:
+        value = dataset.get(name)
+        if value is None or value == "":
+            continue
+        if name == "PatientAge":  # 089Y; older people are few enough to be found by their age
+            match = re.fullmatch(r"(\d{3})Y", str(value))
+            found |= {name: "90+" if int(match[1]) >= 90 else str(int(match[1]))} if match else {}
+        elif name in _BY_NAME:
+            found[name] = str(value)[:64]
+        elif isinstance(value, str):
+            found |= {name: value} if _CODE.fullmatch(value) else {}
+        elif hasattr(value, "__len__"):
+            found |= {name: [float(v) for v in value]} if all(isinstance(v, float | int) for v in value) else {}
+        else:
+            found[name] = float(value)
+    return found
+
+
+def _pydicom() -> Any:
+    try:
+        import pydicom
+        import pydicom.pixels
+    except ModuleNotFoundError:
+        raise DataError("DICOM files need pydicom: pip install 'hybridssl[dicom]'") from None
+    return pydicom
+
+
+@contextmanager
+def _speechless() -> Iterator[None]:
+    """pydicom's warnings quote what a file says."""
+    logger = logging.getLogger("pydicom")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before

@@ -1,0 +1,177 @@
+"""One file becomes the samples that are written, or the reason why not. Runs in a worker process."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+
+from shards import dicom
+from shards.encode import encode, shrink
+from shards.errors import DataError
+from shards.format import decode, decode_mask, extension, hash64
+from shards.options import BuildOptions
+from shards.sources import Frame, error_name, fill_bits, frames
+from shards.split import parse_split, split_of
+from shards.table import Row
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A sample ready to be written."""
+
+    key: str
+    members: dict[str, bytes]
+    pixels: int = 0  # a digest of the decoded image, where duplicates are looked for
+
+
+@dataclass
+class Result:
+    """What became of one file."""
+
+    samples: list[Packed] = field(default_factory=list)
+    bad: list[dict[str, str]] = field(default_factory=list)  # path, reason
+    dropped: int = 0  # samples that the audit calls superfluous
+
+
+def pack(row: Row, options: BuildOptions, drop: frozenset[str] = frozenset()) -> Result:
+    """`drop`: keys to leave out. Raises nothing: a file that cannot be read is no reason to stop."""
+    result = Result()
+    try:
+        for number, count, stored, size, said in _images(row, options):
+            key = key_of(row.name) + (f"-{number:05d}" if count > 1 else "")
+            if key in drop:
+                result.dropped += 1
+                continue
+            pixels = _pixels(stored, options.channels) if options.drop_duplicates == "exact" else 0
+            result.samples.append(Packed(key, _members(row, options, stored, size, said, count > 1), pixels))
+    except DataError as error:
+        result.bad.append({"path": row.name, "reason": str(error)})
+    except Exception as error:  # what no one foresaw; its words may quote the file
+        result.bad.append({"path": row.name, "reason": f"it cannot be read ({error_name(error)})"})
+    return result
+
+
+def key_of(name: str) -> str:
+    """A WebDataset key (no dot, ASCII, unique) from a path: its readable part and a hash of the whole."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:48].strip("_") + "-" + name_digest(name)[:10]
+
+
+def name_digest(name: str) -> str:
+    return blake2b(name.encode(), digest_size=8).hexdigest()
+
+
+_Image = tuple[int, int, bytes, tuple[int, int], dict[str, Any]]  # number, of how many, bytes, size, group and meta
+
+
+def _images(row: Row, options: BuildOptions) -> Iterator[_Image]:
+    """Every image of a file, as it is stored, with the size of what was shrunk, or (0, 0)."""
+    data = _read(row.image)
+    if dicom.is_dicom(data[:132], row.image.suffix):
+        study = dicom.read(data, options)
+        yield from _encoded(dicom.frames(study, options), options, {"group": study.group, "meta": study.meta})
+    elif _as_it_is(data, options):
+        image = decode(data, options.short_side or 1, options.channels)  # at scale 1/8 every byte is still parsed
+        if options.short_side:
+            image = shrink(image, options.short_side)
+            data = encode(Frame(image), options.quality)
+        yield 0, 1, data, image.shape[:2] if options.short_side else (0, 0), {}
+    else:
+        yield from _encoded(frames(data, options.channels, options.frames), options, {})
+
+
+def _as_it_is(data: bytes, options: BuildOptions) -> bool:
+    """Whether the stream reads these very bytes, or an 8-bit image of them is all that is wanted."""
+    try:
+        plain = extension(data) != "tif"
+    except DataError:
+        return False
+    wide = data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:26] == b"\x10\0"  # 16 bits of grey
+    changed = bool(options.short_side) and (wide or options.channels not in (1, 3))
+    return plain and not options.stack and not changed and not (wide and options.bits)
+
+
+def _encoded(found: Iterator[tuple[int, int, Frame]], options: BuildOptions, said: dict[str, Any]) -> Iterator[_Image]:
+    if options.stack:
+        found = _stacked(found)
+    for number, count, frame in found:
+        planes = frame.pixels.shape[2]
+        if planes != options.channels and not (planes in (1, 3) and options.channels in (1, 3)):
+            hint = f"; its {count} frames are, with --stack" if planes * count == options.channels else ""
+            raise DataError(f"an image of {planes} planes where --channels says {options.channels}{hint}")
+        small = shrink(frame.pixels, options.short_side)
+        stored = encode(fill_bits(Frame(small, frame.full), options.bits), options.quality * bool(options.short_side))
+        yield number, count, stored, small.shape[:2] if options.short_side else (0, 0), said
+
+
+def _stacked(found: Iterator[tuple[int, int, Frame]]) -> Iterator[tuple[int, int, Frame]]:
+    parts = [frame for _, _, frame in found]
+    kinds = {(part.pixels.shape[:2], part.pixels.dtype, part.full) for part in parts}
+    if len(kinds) != 1:
+        raise DataError(f"{len(parts)} frames of several sizes or depths cannot be the channels of one image")
+    yield 0, 1, Frame(np.concatenate([part.pixels for part in parts], axis=2), parts[0].full)
+
+
+def _members(
+    row: Row, options: BuildOptions, stored: bytes, size: tuple[int, int], said: dict[str, Any], several: bool
+) -> dict[str, bytes]:
+    meta = row.meta | said.get("meta", {}) | {"path": row.name}
+    # Where no patient is known, the frames of a study, or of a file, stay together all the same.
+    group = row.group or said.get("group") or meta.get("study", "") or (row.name if several else "")
+    split = row.split
+    if options.split and not options.stratify:
+        by = meta.get(options.by, "") if _by_meta(options) else group
+        split = split_of(str(by or row.name), parse_split(options.split), options.split_seed)
+    labels = row.labels
+    about = {
+        "label": None if not labels else labels[0] if len(labels) == 1 else list(labels),
+        "source": row.source,
+        "group": group,
+        "split": split,
+        "meta": meta,
+    }
+    members = {extension(stored): stored, "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode()}
+    if row.text:
+        members["txt"] = row.text.encode()
+    if row.mask is not None:
+        members["mask.png"] = _mask(row.mask, size if any(size) else None)
+    return members
+
+
+def _by_meta(options: BuildOptions) -> bool:
+    return bool(options.by) and options.by != options.columns.get("group", "group")
+
+
+def _mask(path: Path, size: tuple[int, int] | None) -> bytes:
+    """The mask as PNG: as it is, or (of another type, or of a shrunken image) black and white."""
+    try:
+        data = _read(path)
+        if extension(data) == "png" and size is None:
+            decode_mask(data)
+            return data
+        values = decode_mask(data) if extension(data) == "png" else decode(data, 0, 1)[..., 0] > 127  # JPEG rings
+    except DataError as error:
+        raise DataError(f"its mask: {error}") from None
+    mask = values.astype(np.uint8) * 255
+    if size is not None and mask.shape != size:
+        mask = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
+    return cv2.imencode(".png", mask)[1].tobytes()
+
+
+def _pixels(stored: bytes, channels: int) -> int:
+    image = decode(stored, 0, channels)
+    return hash64(repr(image.shape).encode() + image.tobytes())
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error.strerror}") from None

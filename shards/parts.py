@@ -1,0 +1,235 @@
+"""Shards one after the other, each with a note of what is in it; and the notes of all shards joined into an index.
+
+A shard counts as done when its note lies beside it, so an interrupted build goes on with the next shard, parts of a
+build need nothing of one another, and whoever joins them reads notes instead of images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TextIO
+
+from shards import scan
+from shards.errors import DataError
+from shards.index import Index
+from shards.options import BuildOptions
+from shards.pack import Result, pack
+from shards.place import partial_of
+from shards.plan import Plan
+from shards.table import Row
+from shards.tars import write_tar
+
+_BATCH = 4  # files a task: few, for some are large
+_FEW = 64  # files for which another process is not worth its start
+_KEEP = {"test": 0, "val": 1, "train": 2}  # of images with the same pixels, the first of these
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """An index, and what is not in it."""
+
+    index: Index
+    quarantined: int  # files, or frames, that cannot be read
+    dropped: int  # duplicates
+
+
+def write_part(folder: Path, plan: Plan, options: BuildOptions, drop: frozenset[str], progress: Progress) -> None:
+    """Write the shards of `options.part` that are not there yet. DataError when worker processes die."""
+    for path in folder.glob("shard-*"):  # of an earlier build with more shards
+        if int(path.name[6:12]) >= len(plan.shards):
+            path.unlink()
+    mine = plan.part(*options.part)
+    todo = [number for number in mine if not _is_done(folder, number, plan)]
+    done, total = sum(len(plan.shards[n]) for n in set(mine) - set(todo)), sum(len(plan.shards[n]) for n in mine)
+    progress(done, total)
+    results = packed([row for number in todo for row in plan.shards[number]], options, drop)
+    for number in todo:
+        batch: list[Result] = []
+        for _ in plan.shards[number]:
+            batch.append(next(results))
+            done += 1
+            progress(done, total)
+        note = {"plan": plan.digest, "of": len(plan.shards), "state": plan.states[number], "parts": options.part[1]}
+        _write_shard(folder / _tar(number), batch, note | {"channels": options.channels})
+
+
+def packed(rows: list[Row], options: BuildOptions, drop: frozenset[str] = frozenset()) -> Iterator[Result]:
+    """`pack` of every row, in order, by several processes; only so many results wait as keep them busy."""
+    workers = min(options.workers or os.cpu_count() or 1, len(rows) // _FEW + 1)
+    if workers == 1:
+        yield from (pack(row, options, drop) for row in rows)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (options, drop))
+    try:
+        waiting: deque[Future[list[Result]]] = deque()
+        for at in range(0, len(rows), _BATCH):
+            waiting.append(pool.submit(_pack_batch, rows[at : at + _BATCH]))
+            if len(waiting) > 4 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a process that read images was killed, as happens when memory runs out: give the same command again with "
+            "fewer --workers; it goes on where it was"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def join(out: Path, progress: Progress) -> Joined:
+    """The index of all shards in the unfinished folder of `out`. DataError when a part is missing or is another's."""
+    folder = partial_of(out)
+    count, channels, twins = _survey(folder, out)
+    tally: Counter[str] = Counter()
+    set_aside = folder / "quarantine.jsonl.new"
+    with set_aside.open("w", encoding="utf-8") as file:
+        index = scan.write_index(folder, _kept(folder, count, twins, file, tally, progress), channels=channels)
+    os.replace(set_aside, folder / "quarantine.jsonl")
+    if not (tally["quarantined"] or tally["twins"]):
+        (folder / "quarantine.jsonl").unlink()
+    named = {shard["name"] for shard in index.shards}
+    for number in range(count):
+        _note(folder, number).unlink()
+        if _tar(number) not in named:  # nothing in it could be read
+            (folder / _tar(number)).unlink()
+    return Joined(index, tally["quarantined"], tally["dropped"] + tally["twins"])
+
+
+def _kept(
+    folder: Path, count: int, twins: dict[str, str], file: TextIO, tally: Counter[str], progress: Progress
+) -> Iterator[tuple[dict[str, Any], list[scan.Record]]]:
+    """What goes into the index, shard by shard. What does not goes into `file` and `tally`."""
+    first = {}
+    for number in range(count):
+        note = _read(folder, number)
+        about, records = note["about"], note["records"]
+        doubles = [record["key"] for record in records if record["key"] in twins]
+        lines = note["bad"] + [{"key": key, "reason": twins[key]} for key in doubles]
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        tally.update(quarantined=len(note["bad"]), dropped=note["dropped"], twins=len(doubles), samples=len(records))
+        first = first or next(iter(note["bad"]), {})
+        if doubles:
+            about, records = _without(folder / _tar(number), twins)
+        if records:
+            yield about, records
+        progress(number + 1, count)
+    if not tally["samples"]:
+        why = f"the first, {first['path']}: {first['reason']}" if first else "the audit drops them all"
+        raise DataError(f"none of {tally.total():,} images can be read; {why}")
+
+
+def _begin_worker(options: BuildOptions, drop: frozenset[str]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    global _given
+    _given = options, drop
+
+
+def _pack_batch(rows: list[Row]) -> list[Result]:
+    return [pack(row, *_given) for row in rows]
+
+
+_given: tuple[BuildOptions, frozenset[str]] = BuildOptions(), frozenset()  # of this worker
+
+
+def _write_shard(path: Path, results: list[Result], note: dict[str, Any]) -> None:
+    """The tar, and then its note; each is whole or not there."""
+    samples = [sample for result in results for sample in result.samples]
+    new = path.with_name(path.name + ".new")
+    write_tar(new, ({"__key__": sample.key, **sample.members} for sample in samples))
+    os.replace(new, path)
+    about, records = scan.shard(path)
+    for record, sample in zip(records, samples, strict=True):
+        record["pixels"] = sample.pixels
+    bad, dropped = [entry for result in results for entry in result.bad], sum(result.dropped for result in results)
+    note |= {"about": about, "records": records, "bad": bad, "dropped": dropped}
+    new = path.with_suffix(".json.new")
+    new.write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
+    os.replace(new, path.with_suffix(".json"))
+
+
+def _is_done(folder: Path, number: int, plan: Plan) -> bool:
+    try:
+        note = _read(folder, number)
+        same = note["state"] == plan.states[number] and note["plan"] == plan.digest
+        return same and (folder / _tar(number)).stat().st_size == note["about"]["bytes"]
+    except (DataError, OSError, KeyError, TypeError):
+        return False
+
+
+def _survey(folder: Path, out: Path) -> tuple[int, int, dict[str, str]]:
+    """(shards, channels, what `_twins` finds). DataError unless all shards are there, and of one build."""
+    numbers = sorted(int(path.stem[6:]) for path in folder.glob("shard-*.json"))
+    if not numbers:
+        raise DataError(
+            f"{out} has no parts to join: run `python -m shards build --part 1/N ... --out {out}` and so on"
+        )
+    first = _read(folder, numbers[0])
+    same: dict[int, list[tuple[int, str, list[str]]]] = {}
+    for number in range(first["of"]):
+        part = f"part {number % first['parts'] + 1}/{first['parts']}"
+        if number not in numbers or not (folder / _tar(number)).is_file():
+            raise DataError(f"{_tar(number)} is not there: run {part} of the build, or again; it goes on where it was")
+        note = _read(folder, number)
+        if note["plan"] != first["plan"]:
+            raise DataError(
+                f"{_tar(number)} is of another build than {_tar(numbers[0])} (other files, table or options): run "
+                f"{part} again, with the same command as the others"
+            )
+        for record in note["records"]:
+            if record["pixels"]:
+                rank = 2 * _KEEP.get(record["split"], 3) + (not record["labels"])
+                same.setdefault(record["pixels"], []).append((rank, record["key"], record["labels"]))
+    return first["of"], first["channels"], _twins(same)
+
+
+def _twins(same: dict[int, list[tuple[int, str, list[str]]]]) -> dict[str, str]:
+    """{key: reason} of samples with the pixels of another, which is kept: the one that evaluation needs most."""
+    found = {}
+    for samples in same.values():
+        _, best, names = min(samples, key=lambda sample: sample[0])
+        for _, key, labels in samples:
+            if key != best:
+                other = f", but labelled {'|'.join(labels)}, not {'|'.join(names)}" if labels != names else ""
+                found[key] = f"the same pixels as {best}{other}"
+    return found
+
+
+def _without(path: Path, keys: dict[str, str]) -> tuple[dict[str, Any], list[scan.Record]]:
+    """The shard again, without some samples."""
+    new = path.with_name(path.name + ".new")
+    with path.open("rb") as file:
+
+        def read(member: scan.Member) -> bytes:
+            file.seek(member[0])
+            return file.read(member[1])
+
+        kept = ((key, members) for key, members in scan.samples(path) if key not in keys)
+        write_tar(new, ({"__key__": key, **{k: read(m) for k, m in members.items()}} for key, members in kept))
+    os.replace(new, path)
+    return scan.shard(path)
+
+
+def _read(folder: Path, number: int) -> dict[str, Any]:
+    try:
+        return json.loads(_note(folder, number).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{_note(folder, number)} cannot be read: run that part of the build again") from None
+
+
+def _tar(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def _note(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06d}.json"
