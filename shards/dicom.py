@@ -125,17 +125,15 @@ def _frame(dataset: Any, values: np.ndarray, number: int, options: BuildOptions)
 
 def _windowed(dataset: Any, values: np.ndarray, number: int, options: BuildOptions) -> np.ndarray:
     """Stored grey values [H, W] -> 0..1: to their units, then through the window that was asked for."""
-    pixels = _pydicom().pixels
     slope, intercept = (_of_frame(dataset, number, name) for name in ("RescaleSlope", "RescaleIntercept"))
-    if "ModalityLUTSequence" in dataset:
-        values = pixels.apply_modality_lut(values, dataset)
     values = values.astype(np.float64)
-    if slope is not None and intercept is not None:
+    if "ModalityLUTSequence" in dataset:
+        values, _ = _looked_up(dataset.ModalityLUTSequence[0], values)
+    elif slope is not None and intercept is not None:
         values = values * float(slope) + float(intercept)
     if options.window == "file" and "VOILUTSequence" in dataset:
-        bits = int(dataset.VOILUTSequence[0].LUTDescriptor[2])
-        table = pixels.apply_voi(np.round(values).astype(np.int64), dataset)
-        return np.clip(table / ((1 << bits) - 1), 0, 1)
+        values, top = _looked_up(dataset.VOILUTSequence[0], values)
+        return np.clip(values / top, 0, 1)
     centre, width = _of_frame(dataset, number, "WindowCenter"), _of_frame(dataset, number, "WindowWidth")
     if options.window not in ("file", "full"):
         return window(values, *options.window_range())
@@ -144,6 +142,16 @@ def _windowed(dataset: Any, values: np.ndarray, number: int, options: BuildOptio
         return window(values, float(_first(centre)), float(_first(width)), str(function))
     low, high = float(values.min()), float(values.max())
     return (values - low) / max(high - low, 1e-12)
+
+
+def _looked_up(item: Any, values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Values through a table (PS3.3 C.11.1.1), and the largest that it could give. pydicom's own wraps at 256."""
+    entries, first, bits = (int(v) for v in item.LUTDescriptor)
+    data, entries = item.LUTData, entries or 1 << 16
+    if isinstance(data, bytes):
+        data = np.frombuffer(data, "<u2" if len(data) >= 2 * entries else "u1")
+    table = np.asarray(data, np.float64)[:entries]
+    return table[np.clip(np.round(values).astype(np.int64) - first, 0, len(table) - 1)], (1 << bits) - 1
 
 
 def _of_frame(dataset: Any, number: int, keyword: str) -> Any:

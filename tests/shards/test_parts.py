@@ -1,0 +1,175 @@
+"""One build, an interrupted one, one of several processes and one in parts: the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shards import parts
+from shards.__main__ import main
+from shards.build import build, build_part, join
+from shards.errors import DataError
+from shards.index import Index
+from shards.options import BuildOptions
+from shards.place import partial_of
+
+SEVEN = BuildOptions(shard_size="7", split="60/40", workers=1)
+
+
+def quiet(done: int, total: int) -> None:
+    pass
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def mixed(photos: Path, tmp_path: Path, jpeg: Callable[..., bytes]) -> Path:
+    """20 images; one is damaged, and two pairs are the same picture."""
+    images = tmp_path / "mixed"
+    images.mkdir()
+    for i in range(20):
+        (images / f"{i:02d}.jpg").write_bytes(jpeg(min(i, 17)))
+    (images / "copy-of-00.jpg").write_bytes(jpeg(0))
+    (images / "05.jpg").write_bytes(jpeg(5)[:200])
+    return images
+
+
+@pytest.fixture
+def whole(mixed: Path, tmp_path: Path) -> dict[str, str]:
+    build(mixed, tmp_path / "whole", options=replace(SEVEN, drop_duplicates="exact"))
+    return digests(tmp_path / "whole")
+
+
+def test_parts_in_any_order_are_one_build(mixed: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "parts"
+    for number in (3, 1):
+        build_part(mixed, out, None, replace(SEVEN, drop_duplicates="exact", part=(number, 3)), quiet)
+    with pytest.raises(DataError, match=r"shard-000001.tar is not there: run part 2/3"):
+        join(out)
+    build_part(mixed, out, None, replace(SEVEN, drop_duplicates="exact", part=(2, 3)), quiet)
+    assert join(out).quarantined == 1
+    assert digests(out) == whole
+    assert not partial_of(out).exists()
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 2])
+def test_an_interrupted_build_goes_on_where_it_was(
+    mixed: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    out, options, real = tmp_path / "out", replace(SEVEN, drop_duplicates="exact"), parts._write_shard
+    written: list[str] = []
+
+    def write(path: Path, results: list, note: dict) -> None:
+        if len(written) == stop_at:
+            path.with_name(path.name + ".new").write_bytes(b"half a ta")
+            raise KeyboardInterrupt
+        real(path, results, note)
+        written.append(path.name)
+
+    monkeypatch.setattr(parts, "_write_shard", write)
+    with pytest.raises(KeyboardInterrupt):
+        build(mixed, out, options=options)
+    assert not out.exists()
+    first, stop_at = list(written), 99
+    seen: list[tuple[int, int]] = []
+    build(mixed, out, options=options, progress=lambda done, total: seen.append((done, total)))
+    assert written == [f"shard-{i:06d}.tar" for i in range(3)]
+    assert seen[0] == (7 * len(first), 21)
+    assert digests(out) == whole
+
+
+def test_what_changed_in_between_is_packed_again(mixed: Path, tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    out = tmp_path / "out"
+    build_part(mixed, out, None, SEVEN, quiet)
+    before = {path.name: path.stat().st_mtime_ns for path in partial_of(out).glob("*.tar")}
+    (mixed / "01.jpg").write_bytes(jpeg(1))  # the same size, at another time
+    os.utime(mixed / "01.jpg", (time.time() + 5, time.time() + 5))
+    build_part(mixed, out, None, SEVEN, quiet)
+    after = {path.name: path.stat().st_mtime_ns for path in partial_of(out).glob("*.tar")}
+    assert sum(before[name] != after[name] for name in before) == 1
+    build_part(mixed, out, None, replace(SEVEN, shard_size="11", short_side=20), quiet)
+    assert len(list(partial_of(out).glob("*.tar"))) == 2  # those of the larger build are gone
+    join(out)
+    build(mixed, tmp_path / "fresh", options=replace(SEVEN, shard_size="11", short_side=20))
+    assert digests(out) == digests(tmp_path / "fresh")
+
+
+def test_parts_of_different_builds_are_not_joined(mixed: Path, tmp_path: Path) -> None:
+    build_part(mixed, tmp_path / "out", None, replace(SEVEN, part=(1, 2)), quiet)
+    build_part(mixed, tmp_path / "out", None, replace(SEVEN, part=(2, 2), quality=50), quiet)
+    with pytest.raises(DataError, match=r"shard-000001.tar is of another build than shard-000000.tar .* run part 2/2"):
+        join(tmp_path / "out")
+    with pytest.raises(DataError, match="has no parts to join"):
+        join(tmp_path / "elsewhere")
+    assert not partial_of(tmp_path / "elsewhere").exists()
+
+
+def test_processes_do_not_change_a_byte(
+    mixed: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "_FEW", 4)
+    build(mixed, tmp_path / "two", options=replace(SEVEN, drop_duplicates="exact", workers=2))
+    assert digests(tmp_path / "two") == whole
+
+
+def test_the_same_pixels_are_kept_once(mixed: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    index = Index.open(tmp_path / "whole")
+    assert len(index) == 21 - 1 - 3  # damaged; copy of 00; 18 and 19 are 17
+    lines = [json.loads(line) for line in (tmp_path / "whole/quarantine.jsonl").read_text().splitlines()]
+    twins = [line for line in lines if "the same pixels as" in line["reason"]]
+    assert len(twins) == 3
+    assert sorted(line.get("path", "") for line in lines if line not in twins) == ["05.jpg"]
+    kept = {index.key(i): index.read(i) for i in range(len(index))}
+    assert len({sample.image for sample in kept.values()}) == len(kept)
+    assert all(line["reason"].removeprefix("the same pixels as ") in kept for line in twins)
+    index.verify()
+
+
+def test_a_copy_in_test_wins_and_a_disagreement_is_named(
+    tmp_path: Path, jpeg: Callable[..., bytes], write_table: Callable[..., Path]
+) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jpg").write_bytes(jpeg(1))
+    rows = [("a", "train", "x"), ("b", "test", "y"), ("c", "train", "")]
+    table = write_table(tmp_path / "t.csv", [{"path": n, "split": s, "label": k} for n, s, k in rows])
+    index = build(tmp_path, tmp_path / "out", table, BuildOptions(drop_duplicates="exact")).index
+    assert [index.read(i).meta["path"] for i in range(len(index))] == ["b.jpg"]
+    assert "but labelled x, not y" in (tmp_path / "out/quarantine.jsonl").read_text()
+
+
+def test_an_audit_says_what_to_leave_out(mixed: Path, tmp_path: Path) -> None:
+    index = build(mixed, tmp_path / "first", options=SEVEN).index
+    keys = [index.key(i) for i in range(len(index))]
+    audit = tmp_path / "audit.json"
+    audit.write_text(json.dumps({"drop": keys[:2], "leaks": keys[4:5], "anything": 1}))
+    built = build(mixed, tmp_path / "second", options=replace(SEVEN, drop_duplicates=str(audit)))
+    assert {built.index.key(i) for i in range(len(built.index))} == set(keys) - {*keys[:2], keys[4]}
+    assert built.dropped == 3
+    audit.write_text(json.dumps({"drop": ["of-another-index"]}))
+    with pytest.raises(DataError, match="none of its 1 keys is of these images"):
+        build(mixed, tmp_path / "third", options=replace(SEVEN, drop_duplicates=str(audit)))
+    audit.write_text("[]")
+    with pytest.raises(DataError, match=r"no audit.json"):
+        build(mixed, tmp_path / "third", options=replace(SEVEN, drop_duplicates=str(audit)))
+
+
+def test_parts_from_the_command_line(mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    for number in ("1/2", "2/2"):
+        assert main(["build", "--images", str(mixed), "--out", out, "--shard-size", "7", "--part", number]) == 0
+    assert f"python -m shards index {out} --merge" in capsys.readouterr().out
+    assert main(["index", out, "--merge"]) == 0
+    assert "1 images cannot be read" in capsys.readouterr().out
+    build(mixed, tmp_path / "whole", options=BuildOptions(shard_size="7"))
+    assert digests(Path(out)) == digests(tmp_path / "whole")
+    assert main(["index", out, "--merge"]) == 2
+    assert "add --overwrite" in capsys.readouterr().err

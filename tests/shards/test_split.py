@@ -1,0 +1,80 @@
+"""A patient stays on one side; images that come later move no one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shards.build import build
+from shards.errors import DataError
+from shards.options import BuildOptions
+from shards.split import parse_split, stratified
+
+PARTS = parse_split("70/10/20")
+
+
+def drawn(patients: int, classes: int = 3) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Patients of 1 to 3 images; class k is twice as rare as class k - 1."""
+    units, labels = [], []
+    for i in range(patients):
+        kind = next((k for k in range(classes - 1, 0, -1) if i % 2**k == 0), 0)
+        units += [f"p{i}"] * (1 + i % 3)
+        labels += [(f"c{kind}",)] * (1 + i % 3)
+    return units, labels
+
+
+def test_every_class_is_divided_to_within_one_patient() -> None:
+    units, labels = drawn(83)
+    splits = stratified(units, labels, PARTS)
+    of = dict(zip(units, splits, strict=True))
+    assert [of[unit] for unit in units] == splits  # all images of a patient in one
+    kinds = dict(zip(units, labels, strict=True))
+    for kind in {names[0] for names in labels}:
+        members = [unit for unit in kinds if kinds[unit] == (kind,)]
+        counts = Counter(of[unit] for unit in members)
+        assert all(abs(counts[name] - share * len(members)) <= 1 for name, share in PARTS)
+
+
+def test_a_patient_counts_for_the_rarest_class() -> None:
+    units = [f"p{i}" for i in range(40)]
+    labels = [("common", "rare") if i < 10 else ("common",) for i in range(40)]
+    splits = stratified(units, labels, parse_split("50/50"))
+    assert Counter(splits[:10]) == {"train": 5, "test": 5}
+
+
+def test_kept_patients_stay_and_new_ones_fill_what_is_short() -> None:
+    units, labels = drawn(60)
+    first = dict(zip(units, stratified(units, labels, PARTS), strict=True))
+    more, kinds = drawn(120)
+    second = dict(zip(more, stratified(more, kinds, PARTS, kept=first), strict=True))
+    assert all(second[unit] == split for unit, split in first.items())
+    counts = Counter(second.values())
+    assert all(abs(counts[name] / 120 - share) < 0.03 for name, share in PARTS)
+
+
+def test_stratified_build_then_a_larger_one(
+    tmp_path: Path, jpeg: Callable[..., bytes], write_table: Callable[..., Path]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+
+    def make(count: int, out: str, **options: object) -> dict[str, str]:
+        rows = []
+        for i in range(count):
+            (images / f"{i}.jpg").write_bytes(jpeg(i, 8, 8))
+            rows.append({"path": f"{i}.jpg", "label": "ab"[i % 4 == 0], "patient": f"p{i // 2}"})
+        table = write_table(tmp_path / "t.csv", rows)
+        chosen = BuildOptions({"group": "patient"}, split="50/50", stratify=True, **options)
+        index = build(images, tmp_path / out, table, chosen).index
+        return {(sample := index.read(i)).group: sample.split for i in range(len(index))}
+
+    first = make(24, "first")
+    assert Counter(first.values()) == {"train": 6, "test": 6}
+    second = make(40, "second", keep_splits=str(tmp_path / "first"))
+    assert all(second[group] == split for group, split in first.items())
+    assert Counter(second.values()) == {"train": 10, "test": 10}
+    with pytest.raises(DataError, match="add for example --split 70/10/20"):
+        BuildOptions(stratify=True)
