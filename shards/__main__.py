@@ -1,4 +1,4 @@
-"""python -m shards demo | build | index | stats: images and a table become tar shards that training reads."""
+"""python -m shards demo | build | index | audit | stats: images and a table become tar shards that training reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from shards import build, build_verb, demo, scan
+from shards import audit_verb, build, build_verb, demo, scan
 from shards.errors import DataError
 from shards.index import Index
 from shards.progress import bar
@@ -26,6 +26,7 @@ _EXAMPLES = {
     "demo": "python -m shards demo --out data/demo",
     "build": build_verb.EXAMPLES,
     "index": "python -m shards index data/tars --source hospital_a\npython -m shards index data/derm --merge",
+    "audit": audit_verb.EXAMPLES,
     "stats": "python -m shards stats data/derm --verify",
 }
 _ABOUT = {
@@ -34,6 +35,7 @@ _ABOUT = {
     "index": "Index WebDataset tars where they lie; they are not changed. Of each sample are used: an image (jpg, "
     "jpeg, png, webp, tif) and, where there, json (label, source, group, split, meta), cls, txt, mask.png. "
     "With --merge: join the parts of a build.",
+    "audit": audit_verb.ABOUT,
     "stats": "Count samples, classes, splits, sources and sizes of an index, and name what looks wrong.",
 }
 
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--channels", type=int, default=3, help="of the images as read (default 3)")
     sub.add_argument("--merge", action="store_true", help="join the parts that `build --part I/N --out DIR` wrote")
     sub.add_argument("--overwrite", action="store_true", help="with --merge: replace an index that is there")
+    audit_verb.add_arguments(verb("audit", audit_verb.run))
     sub = verb("stats", _stats)
     sub.add_argument("folder", type=Path, metavar="DIR", help="a folder with an index")
     sub.add_argument("--verify", action="store_true", help="also read every byte and compare the checksums")

@@ -42,8 +42,8 @@ def stats(index: Index, look_at: int = 200) -> Stats:
         texts=int((index.column("txt")[:, 1] > 0).sum()),
         bytes=sum(shard["bytes"] for shard in index.shards),
         splits=splits,
-        classes=_cross(label, index.classes, split, index.splits),
-        sources=_cross(source, index.sources, label, (*index.classes, "")),
+        classes=cross(label, index.classes, split, index.splits),
+        sources=cross(source, index.sources, label, (*index.classes, "")),
         sides=sides,
         damaged=damaged,
         looked_at=min(look_at, len(index)),
@@ -51,7 +51,7 @@ def stats(index: Index, look_at: int = 200) -> Stats:
     )
 
 
-def _cross(
+def cross(
     a: np.ndarray, a_names: tuple[str, ...], b: np.ndarray, b_names: tuple[str, ...]
 ) -> dict[str, dict[str, int]]:
     """How often each pair occurs. A number of -1 in `b` counts for its last name; rows of -1 in `a` do not count."""

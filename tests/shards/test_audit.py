@@ -1,0 +1,247 @@
+"""Planted copies, leaks, conflicts and damage are found, and nothing else is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+
+from shards import audit, demo, duplicates, hashes
+from shards.build import BuildOptions, build
+from shards.errors import DataError
+from shards.format import decode
+from shards.index import Index
+
+Array = np.ndarray
+
+
+def encode(image: Array, quality: int = 92) -> bytes:
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality, "RGB", "420")
+
+
+def half(image: Array) -> Array:
+    return cv2.resize(image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_AREA)
+
+
+def crop(image: Array, share: float = 0.9, x: float = 0.5, y: float = 0.5) -> Array:
+    height, width = (round(side * share) for side in image.shape[:2])
+    top, left = round((image.shape[0] - height) * y), round((image.shape[1] - width) * x)
+    return image[top : top + height, left : left + width]
+
+
+PLANTED: dict[str, Callable[[Array], bytes]] = {
+    "resized": lambda image: encode(half(image)),
+    "encoded": lambda image: encode(image, 50),
+    "mirrored": lambda image: encode(image[:, ::-1]),
+    "upside": lambda image: encode(image[::-1]),
+    "turned": lambda image: encode(np.rot90(image)),
+    "cropped": lambda image: encode(crop(image)),
+    "corner": lambda image: encode(crop(image, 0.9, 0.1, 0.95)),
+    "all": lambda image: encode(half(crop(image, 0.9, 0.8, 0.3)[:, ::-1]), 75),
+}
+
+
+@pytest.fixture(scope="module")
+def lesions(tmp_path_factory: pytest.TempPathFactory) -> list[Array]:
+    """120 different images of the demo set."""
+    root = tmp_path_factory.mktemp("demo") / "demo"
+    index = demo.generate(root, samples=120, size=96)
+    return [decode(index.read(i).image) for i in range(len(index))]
+
+
+def built(folder: Path, rows: list[dict[str, str]], images: dict[str, bytes]) -> Index:
+    (folder / "images").mkdir(parents=True)
+    for name, data in images.items():
+        (folder / "images" / name).write_bytes(data)
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return build(folder / "images", folder / "set", folder / "table.csv", BuildOptions()).index
+
+
+@pytest.fixture(scope="module")
+def planted(lesions: list[Array], tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """The first 60 lesions in train; of the first eight a changed copy; of two the same file; one of one colour."""
+    images = {f"own-{n:03d}.jpg": encode(image) for n, image in enumerate(lesions[:60])}
+    rows = [
+        {"path": name, "label": f"c{n % 3}", "split": "train", "group": f"g{n}", "device": f"d{n % 3}"}
+        for n, name in enumerate(images)
+    ]
+    for n, (name, change) in enumerate(PLANTED.items()):
+        images[f"{name}.jpg"] = change(lesions[n])
+        split = "test" if n == 0 else "train"
+        rows.append(rows[n] | {"path": f"{name}.jpg", "split": split, "label": "c9" if n == 1 else f"c{n % 3}"})
+    images["same.jpg"] = images["own-030.jpg"]
+    rows.append(rows[30] | {"path": "same.jpg"})
+    images["grey.jpg"] = encode(np.full((40, 40, 3), 90, np.uint8))
+    rows.append({"path": "grey.jpg", "label": "", "split": "", "group": "", "device": ""})
+    return built(tmp_path_factory.mktemp("planted"), rows, images)
+
+
+@pytest.fixture(scope="module")
+def found(planted: Index) -> audit.Audit:
+    return audit.audit(planted)
+
+
+def stem(key: str) -> str:
+    return key.rsplit("-", 1)[0]
+
+
+def test_every_planted_copy_is_found_with_its_original_and_no_stranger_is(found: audit.Audit) -> None:
+    groups = {frozenset(map(stem, group["keys"])) for group in found.document["findings"]["duplicates"]}
+    expected = {frozenset({f"own-{n:03d}", name}) for n, name in enumerate(PLANTED)}
+    assert groups == expected | {frozenset({"own-030", "same"})}
+    how = {stem(key): group["how"] for group in found.document["findings"]["duplicates"] for key in group["keys"]}
+    assert how["same"] == "bytes"
+    assert how["mirrored"] == "near"
+
+
+def test_of_copies_one_stays_that_of_the_test_split_or_the_largest(found: audit.Audit) -> None:
+    kept = {stem(group["keys"][0]) for group in found.document["findings"]["duplicates"]}
+    assert "resized" in kept  # in test: dropping the copy in train mends the leak
+    assert {"own-005", "own-006", "own-007"} <= kept  # their copies are smaller
+    dropped = {stem(key) for key in found.document["drop"]}
+    assert not dropped & kept
+    assert len(dropped) == len(PLANTED) + 1
+
+
+def test_splits_labels_and_damage(found: audit.Audit) -> None:
+    findings = found.document["findings"]
+    crossing = [g for g in findings["duplicates"] if g["across_splits"]]
+    assert [sorted(map(stem, g["keys"])) for g in crossing] == [["own-000", "resized"]]
+    conflicts = [g for g in findings["duplicates"] if g["label_conflict"]]
+    assert [sorted(map(stem, g["keys"])) for g in conflicts] == [["encoded", "own-001"]]
+    assert [
+        {split: [stem(k) for k in keys] for split, keys in g.items()} for g in findings["groups_across_splits"]
+    ] == [{"train": ["own-000"], "test": ["resized"]}]
+    assert [stem(key) for key in findings["constant"]] == ["grey"]
+
+
+def test_a_column_that_decides_the_label_is_named_first(found: audit.Audit) -> None:
+    first = found.document["findings"]["confounding"][0]
+    assert first["factor"] == "device"
+    assert first["shown"]
+    assert first["balanced_accuracy"] >= 0.75  # the fourth class is a single image
+    assert first["p"] == 0.001
+
+
+def test_leaks_are_found_from_both_sides(lesions: list[Array], planted: Index, tmp_path: Path) -> None:
+    """Another set holds four images of the first, changed, and forty that it does not."""
+    changes = [PLANTED[name] for name in ("resized", "mirrored", "cropped", "all")]
+    images = {f"leak-{n}.jpg": change(lesions[40 + n]) for n, change in enumerate(changes)}
+    images |= {f"new-{n}.jpg": encode(image) for n, image in enumerate(lesions[70:110])}
+    other = built(tmp_path, [{"path": name, "split": "test"} for name in images], images)
+    here = audit.audit(planted, [other]).document
+    there = audit.audit(other, [planted]).document
+    assert sorted(map(stem, here["leaks"])) == [f"own-{40 + n:03d}" for n in range(4)]
+    assert sorted(map(stem, there["leaks"])) == [f"leak-{n}" for n in range(4)]
+    pairs = here["findings"]["against"][0]["pairs"]
+    assert {(stem(p["key"]), p["split"], stem(p["other"]), p["other_split"]) for p in pairs} == {
+        (f"own-{40 + n:03d}", "train", f"leak-{n}", "test") for n in range(4)
+    }
+
+
+def test_what_a_backbone_suggests_is_judged_by_pixels(lesions: list[Array], tmp_path: Path) -> None:
+    """A crop to 70 % of a side is beyond the hash; a suggestion finds it, and a wrong suggestion nothing."""
+    images = {f"own-{n}.jpg": encode(image) for n, image in enumerate(lesions[:10])}
+    images["crop.jpg"] = encode(cv2.resize(crop(lesions[3], 0.7)[:, ::-1], (96, 96)))
+    index = built(tmp_path, [{"path": name} for name in images], images)
+    every = np.array([(a, b) for a in range(len(index)) for b in range(a)])
+    assert not audit.audit(index).document["drop"]
+    found = audit.audit(index, suggest=lambda a, b: every).document["findings"]["duplicates"]
+    assert [sorted(map(stem, group["keys"])) for group in found] == [["crop", "own-3"]]
+
+
+def test_the_demo_set_has_no_copies(lesions: list[Array]) -> None:
+    thumbs = np.stack([hashes.thumbnail(image) for image in lesions])
+    pairs = hashes.propose(thumbs, hashes.hashes(thumbs), itself=True)
+    fine = [hashes.details(thumb) for thumb in thumbs]
+    agree = [hashes.agreement(hashes.turned(fine[a], turn), fine[b]) for a, b, turn in pairs.tolist()]
+    assert max(agree, default=0) < hashes.AGREE
+
+
+def test_cells_find_what_comparing_everything_finds(lesions: list[Array], monkeypatch: pytest.MonkeyPatch) -> None:
+    thumbs = np.stack([hashes.thumbnail(image) for image in lesions])
+    copies = np.stack([hashes.thumbnail(crop(image)[:, ::-1]) for image in lesions[:40]])
+    many = np.random.default_rng(0).integers(0, 256, (6000, 18)).astype(np.uint8)
+    known = np.concatenate([hashes.hashes(copies), many])
+    monkeypatch.setattr(hashes, "EXACT_SEARCH", 1000)
+    pairs = hashes.propose(thumbs, known)
+    own = pairs[pairs[:, 0] == pairs[:, 1]]
+    assert len(own) >= 38
+    assert set(own[:, 2]) == {1}
+
+
+@pytest.mark.parametrize("turn", hashes.ORIENTATIONS)
+def test_the_hash_of_a_turned_picture_is_the_turned_hash(lesions: list[Array], turn: int) -> None:
+    thumb = hashes.thumbnail(lesions[0])
+    turned = hashes._bits(hashes._spectrum(hashes.turned(thumb, turn)[None]), 0)
+    assert (hashes._bits(hashes._spectrum(thumb[None]), turn) == turned).all()
+
+
+def test_an_unreadable_image_is_named_and_the_rest_is_audited(planted: Index, tmp_path: Path) -> None:
+    shutil.copytree(planted.root, tmp_path / "set")
+    offset, size = planted.column("image")[4]
+    shard = tmp_path / "set" / planted.shards[0]["name"]
+    with shard.open("r+b") as file:
+        file.seek(int(offset))
+        file.write(bytes(int(size)))
+    document = audit.audit(Index.open(tmp_path / "set")).document
+    assert [entry["key"] for entry in document["findings"]["unreadable"]] == [planted.key(4)]
+    assert "not a JPEG" in document["findings"]["unreadable"][0]["reason"]
+
+
+def test_excluded_reads_what_write_wrote(found: audit.Audit, planted: Index, tmp_path: Path) -> None:
+    path = tmp_path / "audit.json"
+    audit.write(found.document | {"leaks": [planted.key(20)]}, path)
+    numbers = audit.excluded(path, planted)
+    assert {planted.key(int(i)) for i in numbers} == {*found.document["drop"], planted.key(20)}
+
+
+def test_an_audit_of_another_index_excludes_nothing(found: audit.Audit, index: Index, tmp_path: Path) -> None:
+    audit.write(found.document, tmp_path / "audit.json")
+    with pytest.raises(DataError, match="made of another index"):
+        audit.excluded(tmp_path / "audit.json", index)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({"format": "hybridssl-audit", "version": 99})])
+def test_what_is_no_audit_is_refused(text: str, planted: Index, tmp_path: Path) -> None:
+    (tmp_path / "audit.json").write_text(text)
+    with pytest.raises(DataError, match=r"is no audit\.json"):
+        audit.excluded(tmp_path / "audit.json", planted)
+
+
+def test_only_an_audit_is_replaced(found: audit.Audit, tmp_path: Path) -> None:
+    audit.write(found.document, tmp_path / "audit.json")
+    audit.write(found.document, tmp_path / "audit.json")
+    (tmp_path / "notes.json").write_text("{}")
+    with pytest.raises(DataError, match="nothing was touched"):
+        audit.write(found.document, tmp_path / "notes.json")
+
+
+def test_a_label_that_the_other_source_cannot_name_is_no_conflict(lesions: list[Array], tmp_path: Path) -> None:
+    rows = [
+        {"path": "a.jpg", "label": "naevus", "source": "x"},
+        {"path": "b.jpg", "label": "benign", "source": "y"},
+        {"path": "c.jpg", "label": "melanoma", "source": "x"},
+    ]
+    index = built(tmp_path, rows, {row["path"]: encode(lesions[0]) for row in rows})
+    at = {stem(index.key(i)): i for i in range(3)}
+    assert not audit.conflict(index, (at["a"], at["b"]))
+    assert audit.conflict(index, (at["a"], at["c"]))
+
+
+def test_groups_join_through_others(planted: Index) -> None:
+    pairs = duplicates.Pairs(np.array([0, 1]), np.array([1, 2]), ["bytes", "near"], np.array([1.0, 0.7]))
+    looks = duplicates.Looks(*[np.zeros((len(planted), 2))] * 7, reasons={})  # type: ignore[arg-type]
+    (group,) = duplicates.groups(planted, looks, pairs)
+    assert sorted(group.rows) == [0, 1, 2]
+    assert (group.how, group.agreement) == ("near", 0.7)
