@@ -44,7 +44,7 @@ def _block_diagonal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: fl
     return _xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask, p=dropout)[0]
 
 
-@functools.lru_cache(maxsize=256)  # making one copies lengths to the device, which waits for it
+@functools.lru_cache(maxsize=256)  # the blocks of a pass ask for the same few
 def _mask(layout: Layout, device: torch.device) -> Any:
     lengths = [length for samples, length in layout for _ in range(samples)]
     return _xformers().fmha.BlockDiagonalMask.from_seqlens(lengths, device=device)

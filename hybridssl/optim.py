@@ -34,31 +34,30 @@ def scaled_lr(options: OptimOptions, batch: int) -> float:
 def build(backbone: nn.Module, heads: nn.Module, options: OptimOptions) -> torch.optim.AdamW:
     """AdamW whose groups carry `scale` (of the learning rate) and `decays` (takes weight decay or not).
 
-    A module among the heads that has come trained (a text encoder) names its own scale as `lr_scale`.
+    A module among the heads that has come trained (a text encoder) names its own scale as `lr_scale`. All parameters
+    that are treated alike share a group, so that one kernel updates them.
     """
     model: nn.Module = backbone.model  # type: ignore[assignment]
-    groups = []
-    for group in param_groups_layer_decay(model, weight_decay=1.0, layer_decay=options.layer_decay):
-        groups.append({"params": group["params"], "scale": group["lr_scale"], "decays": group["weight_decay"] > 0})
-    if backbone.mask_token is not None:
-        groups.append({"params": [backbone.mask_token], "scale": 1.0, "decays": False})
-    scales = {p: getattr(part, "lr_scale", 1.0) for part in heads.modules() for p in part.parameters(recurse=False)}
-    for scale, decays in sorted({(scale, p.ndim > 1) for p, scale in scales.items()}, reverse=True):
-        chosen = [p for p, own in scales.items() if p.requires_grad and (own, p.ndim > 1) == (scale, decays)]
-        groups.append({"params": chosen, "scale": scale, "decays": decays})
-
-    # timm names tokens and position embeddings itself; the patch embedding gets a group of its own here.
+    chosen: dict[nn.Parameter, tuple[float, bool]] = {}
+    # timm names tokens and position embeddings itself; the patch embedding learns at a rate of its own here.
     patch = {id(p) for p in getattr(model, "patch_embed", nn.Identity()).parameters()}
     tokens = {id(p) for n, p in model.named_parameters() if n in ("cls_token", "reg_token", "pos_embed")}
-    split: list[dict] = []
-    for group in groups:
-        for slow in (True, False):
-            for token in (True, False):
-                params = [p for p in group["params"] if (id(p) in patch) is slow and (id(p) in tokens) is token]
-                scale = group["scale"] * (options.patch_embed_lr if slow else 1.0)
-                if params:
-                    split.append({"params": params, "scale": scale, "decays": group["decays"] and not token})
-    return torch.optim.AdamW(split, lr=0.0, betas=options.betas, weight_decay=0.0)
+    for group in param_groups_layer_decay(model, weight_decay=1.0, layer_decay=options.layer_decay):
+        for p in group["params"]:
+            slower = options.patch_embed_lr if id(p) in patch else 1.0
+            chosen[p] = (group["lr_scale"] * slower, group["weight_decay"] > 0 and id(p) not in tokens)
+    if backbone.mask_token is not None:
+        chosen[backbone.mask_token] = (1.0, False)  # type: ignore[index]
+    for part in heads.modules():
+        for p in part.parameters(recurse=False):
+            if p.requires_grad:
+                chosen[p] = (getattr(part, "lr_scale", 1.0), p.ndim > 1)
+
+    alike: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for p, treatment in chosen.items():
+        alike.setdefault(treatment, []).append(p)
+    groups = [{"params": ps, "scale": scale, "decays": decays} for (scale, decays), ps in alike.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, weight_decay=0.0, fused=True)
 
 
 def set_hyperparameters(
@@ -85,7 +84,7 @@ def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors
     for name, parameter in model.named_parameters():
         own = {key.split("|", 1)[1]: t for key, t in tensors.items() if key.split("|", 1)[0] == name}
         if own:
-            # AdamW keeps its step counter on the CPU and the moments beside the parameter.
+            # Moments are of the parameter's kind; the fused AdamW's step counter is float32, on the same device.
             optimizer.state[parameter] = {
-                key: t if key == "step" else t.to(parameter.device, parameter.dtype) for key, t in own.items()
+                key: t.to(parameter.device, t.dtype if key == "step" else parameter.dtype) for key, t in own.items()
             }

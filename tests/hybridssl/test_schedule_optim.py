@@ -53,6 +53,29 @@ def test_layer_decay_patch_embedding_and_weight_decay_reach_the_right_parameters
     assert groups["backbone.mask_token"]["weight_decay"] == 0.0
 
 
+def test_what_is_treated_alike_shares_a_group() -> None:
+    """One kernel updates a group, so there are few: patch embedding and the rest, with weight decay and without."""
+    assert len(groups_by_name(OptimOptions(layer_decay=1.0))[2].param_groups) == 4
+    # Three of the stem, two of each block; the last one's hold the final norm and the heads too.
+    assert len(groups_by_name(OptimOptions(layer_decay=0.5))[2].param_groups) == 3 + 2 * 3
+
+
+def test_fused_updates_are_those_of_the_plain_formula() -> None:
+    optimizer = groups_by_name(OptimOptions(layer_decay=0.5))[2]
+    optim.set_hyperparameters(optimizer, OptimOptions(lr=0.01, warmup=0.0), 1024, 0.5)
+    groups = [{**g, "params": [p.detach().clone() for p in g["params"]]} for g in optimizer.param_groups]
+    plain = torch.optim.AdamW([{**g, "fused": False, "foreach": False} for g in groups])
+    for _ in range(3):
+        for ours, theirs in zip(optimizer.param_groups, groups, strict=True):
+            for p, q in zip(ours["params"], theirs["params"], strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+        optimizer.step()
+        plain.step()
+    for ours, theirs in zip(optimizer.param_groups, groups, strict=True):
+        torch.testing.assert_close(ours["params"], theirs["params"], rtol=1e-5, atol=1e-7)
+
+
 def test_the_state_by_name_outlives_a_regrouping() -> None:
     _, model, optimizer = groups_by_name(OptimOptions())
     for p in list(model.parameters())[::2]:  # some never had a gradient

@@ -1,0 +1,38 @@
+"""How a backbone is run on a device. Nothing in here changes what is computed, but for the order of sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hybridssl.backbone import Backbone
+from hybridssl.errors import UserError
+
+
+@dataclass(frozen=True)
+class EfficiencyOptions:
+    packed: bool | None = None  # crops of all sizes in one pass over the weights; null: on a GPU (benchmarks/packed.py)
+    checkpoint: bool = False  # keep a block's input alone and compute the rest again in the backward pass: less memory
+    compile: bool = False  # torch.compile of the blocks; the first steps take minutes
+
+
+def apply(backbone: Backbone, options: EfficiencyOptions, device: torch.device | str) -> None:
+    """Let `backbone` run so on `device`; names of weights stay. Raises UserError for what its architecture cannot."""
+    name = type(backbone.model).__name__
+    if options.packed and not backbone.packable:
+        raise UserError(f"efficiency.packed: {name} cannot take crops of several sizes at once; leave the key out")
+    wanted = torch.device(device).type == "cuda" if options.packed is None else options.packed
+    backbone.packed = wanted and backbone.packable
+    if options.checkpoint:
+        try:
+            backbone.model.set_grad_checkpointing()  # type: ignore[operator]
+        except (AttributeError, AssertionError) as error:
+            raise UserError(f"efficiency.checkpoint: timm's {name} cannot; leave the key out") from error
+    if options.compile:
+        blocks = getattr(backbone.model, "blocks", None)
+        if not isinstance(blocks, nn.Module):
+            raise UserError(f"efficiency.compile: {name} has no blocks to compile; leave the key out")
+        for block in blocks.children():
+            block.compile()  # in place: what calls the block, and the names of its weights, know nothing of it
