@@ -9,19 +9,20 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm.layers
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from torch import Tensor
 
 from hybridssl import backbone as backbones
-from hybridssl import dist, lora, optim, run, student, text
+from hybridssl import dist, efficiency, lora, optim, precision, run, student, text
 from hybridssl.cnn import synchronised
 from hybridssl.errors import UserError
 from hybridssl.objectives import Context
@@ -72,6 +73,7 @@ def train(recipe: Recipe) -> int:
     out = Path(recipe.out)
     index = Index.open(recipe.data.train)
     state = check(recipe, out, index)
+    recipe = with_precision(recipe, state)
     accelerator = start_accelerator(recipe)
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
 
@@ -81,6 +83,8 @@ def train(recipe: Recipe) -> int:
     learner = build_student(recipe, index, micro, announce=accelerator.is_main_process and state is None).to(device)
     learner = synchronised(learner)  # batch norms, where the backbone has any
     teacher = student.make_teacher(learner)
+    for one in (learner, teacher):
+        efficiency.apply(one.backbone, recipe.efficiency, device)
     optimizer = optim.build(learner.backbone, learner.objectives, recipe.optim)
     if state:
         run.resume(out, learner, teacher, optimizer)
@@ -157,7 +161,8 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
     if not (out / "checkpoints").is_dir() or not any((out / "checkpoints").glob("step-*[0-9]")):
         return None
     state = run.read_state(out)
-    changed = differences(state["recipe"], to_dict(recipe), ignore=recipes.MAY_CHANGE)
+    chosen = ("precision",) if recipe.precision == "auto" else ()  # by the machine that the run began on
+    changed = differences(state["recipe"], to_dict(recipe), ignore=(*recipes.MAY_CHANGE, *chosen))
     if changed:
         raise UserError(
             f"{out} is a run of another recipe; these keys differ:\n  " + "\n  ".join(changed) + "\n"
@@ -170,6 +175,16 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
     return state
 
 
+def with_precision(recipe: Recipe, state: Mapping[str, Any] | None) -> Recipe:
+    """`recipe` with its precision: of `auto` what the run began with, else what is faster on this device."""
+    chosen = state["recipe"]["precision"] if state and recipe.precision == "auto" else recipe.precision
+    if chosen == "auto":
+        # This starts the group of processes, as Accelerator would: all of them must choose alike.
+        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+        chosen = "bf16" if dist.all_agree(precision.faster_in_bf16(device)) else "no"
+    return replace(recipe, precision=chosen)
+
+
 def start_accelerator(recipe: Recipe) -> Accelerator:
     available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
     for name in recipe.log.trackers:  # accelerate itself would leave out a missing one without a word
@@ -178,11 +193,8 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # on a CPU accelerate would fall back to DDP without a word
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
             raise UserError(f"accelerate is set to {name}, and this loop trains with DDP: launch with --multi_gpu")
-    precision = recipe.precision
-    if precision == "auto":  # a CPU without bf16 units takes ten times as long in bf16 (docs/log.md)
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=recipe.precision,
         log_with=list(recipe.log.trackers) or None,
         project_dir=recipe.out if recipe.log.trackers else None,
         step_scheduler_with_optimizer=False,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from hybridssl.backbone import BackboneOptions
+from hybridssl.efficiency import EfficiencyOptions
 from hybridssl.errors import UserError
 from hybridssl.objectives import ObjectiveOptions, options_types
 from hybridssl.optim import OptimOptions
@@ -67,13 +68,14 @@ class Recipe:
     out: str = ""  # run folder
     seed: int = 0  # every random draw follows from it
     steps: int = 100_000
-    precision: Literal["auto", "bf16", "no"] = "auto"  # auto: bf16 on a GPU that has it, else float32
+    precision: Literal["auto", "bf16", "no"] = "auto"  # auto: bf16 where it is faster, measured as the run begins
     threads: int = 0  # CPU threads of a process, where there is no GPU; 0: the machine's cores, parted evenly
     data: DataOptions = field(default_factory=DataOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
     views: ViewOptions = field(default_factory=ViewOptions)
     backbone: BackboneOptions = field(default_factory=BackboneOptions)
+    efficiency: EfficiencyOptions = field(default_factory=EfficiencyOptions)
     text: TextOptions = field(default_factory=TextOptions)
     objectives: dict[str, ObjectiveOptions] = field(default_factory=dict, metadata={"types": options_types})
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -84,7 +86,7 @@ class Recipe:
 
 
 # A resumed run may change these; any other difference would make it another run.
-MAY_CHANGE = ("name", "out", "threads", "log", "save", "probe", "data.workers", "batch.micro")
+MAY_CHANGE = ("name", "out", "threads", "efficiency", "log", "save", "probe", "data.workers", "batch.micro")
 
 
 def load(arguments: Sequence[str]) -> Recipe:

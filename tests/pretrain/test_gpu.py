@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from hybridssl import attention
+from hybridssl.backbone import BackboneOptions, Crops, build
+from hybridssl.efficiency import EfficiencyOptions, apply
+from hybridssl.precision import faster_in_bf16
 from hybridssl.views import render
 from pretrain import data
 from pretrain.loop import main
@@ -49,3 +54,44 @@ def test_bf16_stays_finite_and_close(tiny: list[str], tmp_path: Path) -> None:
         assert {k: v for k, v in a.items() if k != "grad_norm"} == pytest.approx(
             {k: v for k, v in b.items() if k != "grad_norm"}, rel=0.1, abs=0.1
         )
+
+
+@pytest.mark.parametrize("kernel", ["SDPA", "xformers"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_one_pass_over_all_crops_equals_one_a_size(kernel: str, qk_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel == "SDPA":
+        monkeypatch.setattr(attention, "_xformers", lambda: None)
+    else:
+        pytest.importorskip("xformers.ops")
+    args = {"embed_dim": 128, "depth": 2, "num_heads": 2, "patch_size": 8, "qk_norm": qk_norm}
+    torch.manual_seed(0)
+    network = build(BackboneOptions(name="vit_tiny_patch16_224", args=args, registers=4), 3, 32).cuda()
+    masks = torch.rand(4, 16, device="cuda").argsort(dim=1) < 5
+    crops = [Crops(torch.randn(n, 3, s, s, device="cuda"), m) for n, s, m in ((4, 32, masks), (6, 16, None))]
+    found = []
+    for packed in (False, True):
+        apply(network, EfficiencyOptions(packed=packed), "cuda")
+        network.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            seen = network.see(crops)
+        sum(one.cls[:, 0].float().sum() + one.patches[..., 1].float().square().sum() for one in seen).backward()
+        found.append(([one.cls for one in seen], {n: p.grad for n, p in network.named_parameters()}))
+    (apart, wanted), (together, gradients) = found
+    torch.testing.assert_close(together, apart, rtol=0, atol=0.05)
+    for name, gradient in gradients.items():
+        if name.endswith("k_norm.bias"):  # moves all keys alike, which softmax does not see: noise around zero
+            continue
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.99, name
+
+
+def test_a_resumed_run_goes_on_with_the_fused_optimiser(tiny: list[str], tmp_path: Path) -> None:
+    assert main([*tiny, f"out={tmp_path / 'whole'}"]) == 0
+    assert main([*tiny, f"out={tmp_path / 'parts'}"]) == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-4")
+    assert main([*tiny, f"out={tmp_path / 'parts'}"]) == 0
+    for a, b in zip(losses(tmp_path / "parts"), losses(tmp_path / "whole"), strict=True):
+        assert a == pytest.approx(b, rel=2e-2, abs=2e-2)
+
+
+def test_the_device_says_which_precision_is_faster() -> None:
+    assert faster_in_bf16("cuda") == (torch.cuda.get_device_capability() >= (8, 0))

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
+from hybridssl import precision
 from pretrain.loop import main
 from tests.pretrain.conftest import launch, lines, losses
 
@@ -46,6 +48,28 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
 def test_micro_batches_equal_one_batch(whole: Path, tiny: list[str], tmp_path: Path) -> None:
     assert main([*tiny, "batch.micro=4", f"out={tmp_path / 'micro'}"]) == 0
     assert_close(losses(tmp_path / "micro"), losses(whole), 1e-4)
+
+
+@pytest.mark.parametrize("keys", [["efficiency.packed=true"], ["efficiency.checkpoint=true"]], ids=" ".join)
+def test_how_the_backbone_is_run_changes_no_result(
+    keys: list[str], whole: Path, tiny: list[str], tmp_path: Path
+) -> None:
+    assert main([*tiny, *keys, f"out={tmp_path / 'other'}"]) == 0
+    assert_close(losses(tmp_path / "other"), losses(whole), 1e-4)
+
+
+def test_the_precision_is_measured_once_and_kept(tiny: list[str], tmp_path: Path, monkeypatch) -> None:
+    run, begun = [*tiny, f"out={tmp_path / 'run'}", "steps=2"], []
+    monkeypatch.setattr(precision, "faster_in_bf16", lambda device: begun.append(device.type) or len(begun) == 1)
+    AcceleratorState._reset_state(True)
+    assert main(run) == 0
+    assert "precision: bf16" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert main(run) == 0  # goes on where it was: at its end
+    assert len(begun) == 1
+    AcceleratorState._reset_state(True)
+    assert main([*tiny, f"out={tmp_path / 'new'}", "steps=1"]) == 0
+    assert (begun[-1], len(begun)) == (PartialState().device.type, 2)
+    assert "precision: 'no'" in (tmp_path / "new" / "recipe.yaml").read_text()
 
 
 @pytest.mark.parametrize("step", [1, 3])
