@@ -63,9 +63,22 @@ def micro_batch(recipe: Recipe, world: int) -> int:
     return micro
 
 
+def selected(recipe: Recipe, index: Index) -> np.ndarray:
+    """int64 numbers of the samples that the run reads: those of its splits without what `stream.exclude` names."""
+    chosen = index.select(recipe.data.splits)
+    if not recipe.stream.exclude:
+        return chosen
+    from shards.audit import excluded  # faiss, which no other run waits for
+
+    left = np.setdiff1d(chosen, excluded(recipe.stream.exclude, index))
+    if not len(left):
+        raise DataError(f"stream.exclude={recipe.stream.exclude} leaves no sample of {index.root} to train on")
+    return left
+
+
 def loader(recipe: Recipe, index: Index, clean: bool, patch: int, start: int, rank: int, world: int) -> DataLoader:
     """Endless micro-batches of this rank, from global position `start` on."""
-    order = Order(index, index.select(recipe.data.splits), recipe.stream, recipe.seed)
+    order = Order(index, selected(recipe, index), recipe.stream, recipe.seed)
     wanted = columns(recipe, index)
     to_item = ToItem(recipe.views, patch, recipe.seed, index.classes, index.sources, clean, wanted)
     positions = Positions(recipe.batch.size, start, rank, world, micro_batch(recipe, world))
@@ -86,7 +99,7 @@ def label_counts(recipe: Recipe, index: Index) -> np.ndarray:
 
     By the first label, as the stream balances; `stream.labelled_fraction` of the draws go round the classes.
     """
-    chosen = index.select(recipe.data.splits)
+    chosen = selected(recipe, index)
     source, label = (np.asarray(index.column(name)[chosen]) for name in ("source", "label"))
     counts = np.zeros((len(index.sources), len(index.classes)))
     np.add.at(counts, (source[label >= 0], label[label >= 0]), 1)

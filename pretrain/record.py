@@ -23,6 +23,7 @@ from hybridssl.recipe import to_dict, to_yaml
 from hybridssl.student import Student
 from hybridssl.text import beside, class_embeddings
 from hybridssl.types import Batch
+from pretrain.data import selected
 from pretrain.recipe import Recipe
 from shards.index import Index
 from shards.stream import Quarantine
@@ -64,7 +65,7 @@ class Record:
     ) -> None:
         self.recipe, self.accelerator, self.out, self.index = recipe, accelerator, out, index
         self.main = accelerator.is_main_process
-        self.selected = index.select(recipe.data.splits)
+        self.selected = selected(recipe, index)
         self.seconds = _cut_metrics(out / "metrics.jsonl", step) if self.main else 0.0
         if self.main:
             self._begin(learner, fresh=step == 0)

@@ -40,6 +40,7 @@ class StreamOptions:
     window: int = 8  # shards whose samples are mixed; more mixes better and touches more files at a time
     labelled_fraction: float = 0.0  # share of every batch drawn from labelled samples, class-balanced; 0: as they come
     max_bad_fraction: float = 0.01  # share of damaged samples at which a run stops
+    exclude: str = ""  # audit.json of the set (`python -m shards audit`): its redundant copies and leaks stay out
 
     def __post_init__(self) -> None:
         if self.window < 1:

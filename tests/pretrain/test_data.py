@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from hybridssl.types import Batch
 from pretrain import data
 from pretrain.recipe import load
+from shards.errors import DataError
 from shards.index import Index
 
 
@@ -81,3 +83,27 @@ def test_an_unreadable_image_is_replaced_and_named(tiny: list[str], index: Path,
     bad = [record for batch in found for record in batch.bad]
     assert {record["key"] for record in bad} == {opened.key(victim)}
     assert all(len(batch) == 8 for batch in found)
+
+
+def test_what_an_audit_names_is_not_read(tiny: list[str], tmp_path: Path) -> None:
+    index = Index.open(load([*tiny, "out=x"]).data.train)
+    train = index.select(("train", ""))
+    drop, leaks = index.key(int(train[0])), index.key(int(train[5]))
+    document = {
+        "format": "hybridssl-audit",
+        "version": 1,
+        "index": {"name": "tiny", "sha256": index.sha256, "samples": len(index)},
+        "drop": [drop],
+        "leaks": [leaks],
+    }
+    path = tmp_path / "audit.json"
+    path.write_text(json.dumps(document))
+    asked = (f"stream.exclude={path}", "stream.labelled_fraction=0")
+    count = -(-len(train) // 8)
+    assert {drop, leaks} <= {key for batch in batches(tiny, count, asked[1]) for key in batch.keys}
+    assert not {drop, leaks} & {key for batch in batches(tiny, 2 * count, *asked) for key in batch.keys}
+    recipe = load([*tiny, "out=x", *asked])
+    assert len(data.selected(recipe, index)) == len(train) - 2
+    path.write_text(json.dumps(document | {"leaks": [index.key(i) for i in range(len(index))]}))
+    with pytest.raises(DataError, match="leaves no sample"):
+        data.selected(recipe, index)
