@@ -270,7 +270,7 @@ class _Numbers:
         rows = list(zip(group["keys"], group["splits"], strict=True))[:A_GROUP]
         cells = [self.cell(key, split, _how(group) if n else "kept") for n, (key, split) in enumerate(rows)]
         left = len(group["keys"]) - len(cells)
-        return [*cells, (Markup("<p></p>"), f"and {left:,} more")] if left else cells
+        return [*cells, (Markup("<p></p>"), Markup(f"and {left:,} more"))] if left else cells
 
 
 def _picture(index: Index, number: int) -> Markup | bytes:

@@ -144,12 +144,11 @@ def _searcher(known: Array) -> Any:
     """A faiss index over hashes: every one compared, or, of very many, those in the cells nearest to a question."""
     bits = 8 * known.shape[1]
     if len(known) <= EXACT_SEARCH:
-        search = faiss.IndexBinaryFlat(bits)
+        search: Any = faiss.IndexBinaryFlat(bits)
     else:
         cells = 4 * math.isqrt(len(known))
         search = faiss.index_binary_factory(bits, f"BIVF{cells}")
-        sample = np.random.default_rng(0).permutation(len(known))[: 40 * cells]
-        search.train(known[sample])  # type: ignore[call-arg]
+        search.train(known[np.random.default_rng(0).permutation(len(known))[: 40 * cells]])
         search.nprobe = 32
-    search.add(known)  # type: ignore[call-arg]
+    search.add(known)
     return search
