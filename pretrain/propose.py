@@ -76,7 +76,7 @@ def _views(plan: Proposal, draft: Draft, data: Data) -> None:
     plan.say("channels", f"as the index has it; the images are {'grey' if data.grey else 'in colour'}", data.channels)
 
     mean, std, reason = list(data.mean), list(data.std), "measured on these images"
-    if draft.continuing:
+    if draft.continuing and data.channels in (1, 3):  # other planes than ImageNet's have statistics of their own
         reason = "ImageNet's, with which the released weights were trained"
         mean, std = ([0.449], [0.226]) if data.channels == 1 else ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     plan.choose("mean, std", reason, f"{mean}, {std}", views__mean=mean, views__std=std)
@@ -191,7 +191,7 @@ def _notes(plan: Proposal, draft: Draft, data: Data) -> None:
     if data.grey and data.channels == 3:
         say("the images are grey but read as three equal channels: build the shards with --channels 1")
     if data.bits > 8:
-        say("16-bit images are read with 8 bits: window them before you build the shards, if fine contrasts matter")
+        say("16-bit images are read with 8 bits: if fine contrasts matter, build the shards with --window or --bits")
     if len(data.sources) > 1:
         say(f"{len(data.sources)} sources: a class counts as absent only where its own source could have named it")
     if rare := [name for name, count in data.per_class.items() if count < 10]:

@@ -111,11 +111,14 @@ def write_linkage(path: Path, images: Path, options: BuildOptions) -> None:
 
 
 def _hashed(rows: list[Row], options: BuildOptions) -> list[Row]:
-    """With a salt, groups and paths are stored hashed, whatever they come from."""
+    """With a salt, groups, paths and the column `--by` are stored hashed, whatever they come from."""
     if not options.salt:
         return rows
     salt = Salt(options.salt)
     rows = [replace(row, group=salt.hash("group", row.group)) if row.group else row for row in rows]
+    if options.by:
+        by = options.by
+        rows = [replace(r, meta=r.meta | {by: salt.hash("group", r.meta[by])}) if by in r.meta else r for r in rows]
     return rows if options.keep_paths else [replace(row, name=salt.hash("path", row.name)) for row in rows]
 
 

@@ -40,11 +40,12 @@ splits:
 identifiers:
   DICOM files are packed only with --salt-file: a file of yours, with one line of 16 or more characters, which is never
   stored. Patient, study and series are then kept as salted hashes (meta.study, meta.series; the patient becomes the
-  group), so that the same patient is the same in every build with that salt. Groups of a table, and the paths of
-  all files, are hashed too, for folders are often called like patients; --linkage writes the table that leads back,
-  --keep-paths stores the paths. Of the tags, only codes and numbers can be kept, and none of the patient unless --tags
-  asks for it (PatientSex, PatientAge). What you cannot leave to this program: other columns of your table, free text,
-  and names that are burnt into pixels (files that admit it are set aside).
+  group), so that the same patient is the same in every build with that salt. Groups of a table, the column of --by and
+  the paths of all files are hashed too, for folders are often called like patients; --linkage writes the table that
+  leads back, --keep-paths stores the paths. Of the tags, only codes and numbers can be kept, and none of the patient
+  unless --tags asks for it (PatientSex, PatientAge). What you cannot leave to this program: other columns of your
+  table, free text, what cameras write into JPEG files (--short-side drops it), and names that are burnt into pixels
+  (files that admit it are set aside).
 
 on a cluster:
   every task of an array builds a part, on a folder that all can see, and the last step joins them; the bytes are those
@@ -104,7 +105,10 @@ _GROUPS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         ),
     },
     "DICOM (see below: identifiers)": {
-        "--salt-file": ({"type": Path, "metavar": "FILE"}, "the secret with which identifiers are hashed"),
+        "--salt-file": (
+            {"type": Path, "metavar": "FILE"},
+            "the secret with which identifiers are hashed; needed for DICOM",
+        ),
         "--window": (
             {"default": "file", "metavar": "W"},
             "which grey values are black and white: file (its own window, else full; the default), full (the smallest "

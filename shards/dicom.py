@@ -64,6 +64,10 @@ def read(data: bytes, options: BuildOptions) -> Study:
     with _speechless():
         try:
             dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+            if "TransferSyntaxUID" not in dataset.file_meta:  # files from before there were headers
+                implicit, _ = dataset.original_encoding
+                syntax = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+                dataset.file_meta.TransferSyntaxUID = syntax
             rows, columns = int(dataset.Rows), int(dataset.Columns)
             count = int(dataset.get("NumberOfFrames") or 1)
             burned_in = str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES"
@@ -94,7 +98,7 @@ def frames(study: Study, options: BuildOptions) -> Iterator[tuple[int, int, Fram
             except DataError:
                 raise
             except Exception as error:
-                syntax = str(getattr(study.dataset.file_meta, "TransferSyntaxUID", "unknown"))
+                syntax = study.dataset.file_meta.TransferSyntaxUID
                 raise DataError(
                     f"frame {number} of {study.count} cannot be decoded ({error_name(error)}; transfer syntax {syntax})"
                 ) from None

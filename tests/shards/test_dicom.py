@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,17 @@ def test_colour_and_compressed_files(tmp_path: Path) -> None:
     assert np.array_equal(grey(packed(tmp_path, file, overwrite=True)), plain)
 
 
+def test_a_file_from_before_there_were_headers(tmp_path: Path) -> None:
+    file = make(ramp(0, 4095, np.uint16))
+    plain = grey(packed(tmp_path, file))
+    del file.file_meta
+    (tmp_path / "in/a.dcm").unlink()
+    file.save_as(tmp_path / "in/a.dcm", implicit_vr=True, little_endian=True)
+    assert b"DICM" not in (tmp_path / "in/a.dcm").read_bytes()
+    options = replace(OPTIONS, overwrite=True)
+    assert np.array_equal(grey(build(tmp_path / "in", tmp_path / "out", options=options).index), plain)
+
+
 def everything(folder: Path) -> bytes:
     return b"".join(path.read_bytes() + path.name.encode() for path in sorted(folder.rglob("*")) if path.is_file())
 
@@ -229,9 +241,13 @@ def test_errors_about_a_table_do_not_quote_it(
 def test_a_table_and_a_file_name_the_same_patient(tmp_path: Path, write_table: Callable[..., Path]) -> None:
     save(make(ramp(0, 99, np.uint16)), tmp_path / "in/a.dcm")
     save(make(ramp(0, 98, np.uint16)), tmp_path / "in/b.dcm")
-    rows = [{"path": "a", "group": "MRN-4711", "label": "x"}, {"path": "b", "group": "", "label": "y"}]
+    rows = [{"path": name, "group": "MRN-4711", "label": kind, "case": "MRN-1"} for name, kind in ("ax", "by")]
+    rows[1]["group"] = ""
     table = write_table(tmp_path / "t.csv", rows)
-    index = build(tmp_path / "in", tmp_path / "out", table, OPTIONS).index
+    options = replace(OPTIONS, split="50/50", by="case")
+    index = build(tmp_path / "in", tmp_path / "out", table, options).index
+    assert {index.read(i).meta["case"] for i in range(2)} == {Salt(SALT).hash("group", "MRN-1")}
+    assert len({index.read(i).split for i in range(2)}) == 1
     assert len({index.read(i).group for i in range(2)}) == 1
     assert index.classes == ("x", "y")
     assert all("in" not in index.read(i).meta["path"] and len(index.read(i).meta["path"]) == 24 for i in range(2))
