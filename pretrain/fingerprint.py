@@ -112,7 +112,7 @@ def _pictures(index: Index, numbers: np.ndarray) -> dict:
         try:
             raw = index.read(number).image
             image = decode(raw, 64, index.channels)
-            with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP")) as file:
+            with Image.open(io.BytesIO(raw), formats=("JPEG", "PNG", "WEBP", "TIFF")) as file:
                 sides.append(min(file.size))
                 bits.append(16 if file.mode.startswith("I") else 8)
         except (DataError, OSError, Image.DecompressionBombError):
