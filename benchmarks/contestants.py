@@ -113,7 +113,7 @@ def ours(setting: Setting, device: torch.device) -> Step:
     learner = Student(net, build(objectives, context)).to(device)
     teacher = student.make_teacher(learner)
     for one in (learner, teacher):
-        efficiency.apply(one.backbone, efficiency.EfficiencyOptions(), device)
+        efficiency.apply(one.backbone, efficiency.EfficiencyOptions())
     options = optim.OptimOptions()
     optimizer = optim.build(learner.backbone, learner.objectives, options)
     views = ViewOptions(setting.global_size, setting.local_size, setting.local_count)

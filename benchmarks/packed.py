@@ -1,5 +1,5 @@
 """The student's pass, forward and backward: crops of both sizes at once or one size after the other, and what
-stochastic depth saves. Decides the default of `efficiency.packed` for a device.
+stochastic depth saves. Decides the default of `efficiency.packed`.
 
     python -m benchmarks.packed [--rounds 5]
 """
@@ -49,7 +49,7 @@ GPU = tuple(
 
 def step(backbone: Backbone, crops: list[Crops], packed: bool) -> None:
     """One forward and backward pass over all crops."""
-    apply(backbone, EfficiencyOptions(packed=packed), crops[0].images.device)
+    apply(backbone, EfficiencyOptions(packed=packed))
     bf16 = torch.autocast("cuda", torch.bfloat16) if crops[0].images.is_cuda else contextlib.nullcontext()
     with bf16:
         loss = sum(one.cls.float().square().mean() + one.patches.float().mean() for one in backbone.see(crops))

@@ -1,10 +1,9 @@
-"""How a backbone is run on a device. Nothing in here changes what is computed, but for the order of sums."""
+"""How a backbone is run. Nothing in here changes what is computed, but for the order of sums."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from hybridssl.backbone import Backbone
@@ -13,18 +12,15 @@ from hybridssl.errors import UserError
 
 @dataclass(frozen=True)
 class EfficiencyOptions:
-    packed: bool | None = None  # crops of all sizes in one pass over the weights; null: on a GPU (benchmarks/packed.py)
+    packed: bool = True  # crops of all sizes in one pass over the weights, where the architecture can
     checkpoint: bool = False  # keep a block's input alone and compute the rest again in the backward pass: less memory
     compile: bool = False  # torch.compile of the blocks; the first steps take minutes
 
 
-def apply(backbone: Backbone, options: EfficiencyOptions, device: torch.device | str) -> None:
-    """Let `backbone` run so on `device`; names of weights stay. Raises UserError for what its architecture cannot."""
+def apply(backbone: Backbone, options: EfficiencyOptions) -> None:
+    """Let `backbone` run so; names of weights stay. Raises UserError for what its architecture cannot."""
     name = type(backbone.model).__name__
-    if options.packed and not backbone.packable:
-        raise UserError(f"efficiency.packed: {name} cannot take crops of several sizes at once; leave the key out")
-    wanted = torch.device(device).type == "cuda" if options.packed is None else options.packed
-    backbone.packed = wanted and backbone.packable
+    backbone.packed = options.packed and backbone.packable
     if options.checkpoint:
         try:
             backbone.model.set_grad_checkpointing()  # type: ignore[operator]

@@ -84,7 +84,7 @@ def train(recipe: Recipe) -> int:
     learner = synchronised(learner)  # batch norms, where the backbone has any
     teacher = student.make_teacher(learner)
     for one in (learner, teacher):
-        efficiency.apply(one.backbone, recipe.efficiency, device)
+        efficiency.apply(one.backbone, recipe.efficiency)
     optimizer = optim.build(learner.backbone, learner.objectives, recipe.optim)
     if state:
         run.resume(out, learner, teacher, optimizer)

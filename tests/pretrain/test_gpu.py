@@ -70,7 +70,7 @@ def test_one_pass_over_all_crops_equals_one_a_size(kernel: str, qk_norm: bool, m
     crops = [Crops(torch.randn(n, 3, s, s, device="cuda"), m) for n, s, m in ((4, 32, masks), (6, 16, None))]
     found = []
     for packed in (False, True):
-        apply(network, EfficiencyOptions(packed=packed), "cuda")
+        apply(network, EfficiencyOptions(packed=packed))
         network.zero_grad()
         with torch.autocast("cuda", torch.bfloat16):
             seen = network.see(crops)
