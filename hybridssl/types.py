@@ -76,6 +76,7 @@ class Batch:
         Tensor  # bool [B]: a label is known (an all-zero row of a labelled image means "none of its source's classes")
     )
     clean_of: Tensor | None = None  # int64 [B']: the image that each clean view is of; None: one of each, in order
+    places: Tensor | None = None  # int64 [M]: see `hidden`
     meta: Tensor | None = None  # float32 [B, M]: one value a `Column`, NaN where it is missing
     text: list[str] = field(default_factory=list)  # a report or "" per image
     keys: list[str] = field(default_factory=list)
@@ -84,7 +85,14 @@ class Batch:
     def __len__(self) -> int:
         return self.global_.shape[1]
 
+    @property
+    def hidden(self) -> Tensor:
+        """int64 [M]: where `masks` is True, as numbers of the patches of all global views, view by view."""
+        return self.masks.flatten().nonzero()[:, 0] if self.places is None else self.places
+
     def to(self, device: torch.device | str) -> Batch:
+        """All but `colour` on `device`. The host waits for neither this nor, later, the places that are hidden."""
+        self = replace(self, places=self.hidden)
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "colour"}
         moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
         return replace(self, **moved)

@@ -31,11 +31,12 @@ from hybridssl.recipe import differences, to_dict
 from hybridssl.schedule import cosine, ramp
 from hybridssl.student import Student
 from hybridssl.views import render
-from pretrain import data, record
+from pretrain import data, garbage, record
 from pretrain import recipe as recipes
 from pretrain.columns import columns
 from pretrain.probe import InLoopProbe
 from pretrain.recipe import Recipe
+from pretrain.stop import StopSignal
 from shards.errors import DataError
 from shards.index import Index
 
@@ -100,7 +101,7 @@ def train(recipe: Recipe) -> int:
     probe = InLoopProbe(recipe, index) if recipe.probe.every and accelerator.is_main_process else None
     log = record.Record(recipe, accelerator, out, index, step, learner)
 
-    with log, record.StopSignal() as stop:
+    with log, garbage.by_hand(), StopSignal() as stop:
         if probe and step == 0 and probe.due(step):
             log.write(step, probe(teacher.backbone, step))
         while step < recipe.steps and not stop.asked:
@@ -111,7 +112,7 @@ def train(recipe: Recipe) -> int:
             torch.manual_seed(step_seed(recipe.seed, step, rank))  # stochastic depth; nothing else draws here
 
             # Teacher first, over all micro-batches: assignment must see the effective batch, not a part of it.
-            with log.waiting():
+            with log.meter.waiting():
                 batches = [next(stream).to(device) for _ in range(accumulate)]
             views = [render(batch, recipe.views) for batch in batches]
             with accelerator.autocast():
@@ -131,20 +132,24 @@ def train(recipe: Recipe) -> int:
                 parameter.grad = None
             norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)
             assert norm is not None  # only DeepSpeed clips by itself and tells no norm
-            if accepted := dist.all_agree(bool(torch.isfinite(norm))):  # the norm holds every loss and every rank
-                optimizer.step()
-                student.update_teacher(teacher, learner, schedule["momentum"])
+            # The norm holds every loss and every rank. Whether it is finite stays on the device, where the fused AdamW
+            # reads it: asked by the host, each step would wait for its end. The teacher follows, whoever stood still.
+            refused = dist.all_reduce_max((~torch.isfinite(norm)).float())
+            optimizer.found_inf = refused  # type: ignore[attr-defined]
+            optimizer.step()
+            student.update_teacher(teacher, learner, schedule["momentum"])
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            stop.share()
+            garbage.collect(step)
+            stop.share(watch)
             log.step(
                 step,
                 batches,
                 losses,
                 weighted(losses, recipe, progress),
                 norm,
-                accepted,
+                refused,
                 schedule,
                 health,
                 watch or stop.asked,

@@ -70,6 +70,7 @@ class Recipe:
     steps: int = 100_000
     precision: Literal["auto", "bf16", "no"] = "auto"  # auto: bf16 where it is faster, measured as the run begins
     threads: int = 0  # CPU threads of a process, where there is no GPU; 0: the machine's cores, parted evenly
+    profile: bool = False  # trace some steps into the run folder: what takes the time?
     data: DataOptions = field(default_factory=DataOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
@@ -86,7 +87,7 @@ class Recipe:
 
 
 # A resumed run may change these; any other difference would make it another run.
-MAY_CHANGE = ("name", "out", "threads", "efficiency", "log", "save", "probe", "data.workers", "batch.micro")
+MAY_CHANGE = ("name", "out", "threads", "profile", "efficiency", "log", "save", "probe", "data.workers", "batch.micro")
 
 
 def load(arguments: Sequence[str]) -> Recipe:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import signal
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,42 +15,19 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from hybridssl import dist, run
+from hybridssl.errors import UserError
 from hybridssl.recipe import to_dict, to_yaml
 from hybridssl.student import Student
 from hybridssl.text import beside, class_embeddings
 from hybridssl.types import Batch
 from pretrain.data import selected
+from pretrain import meters
+from pretrain.profiling import NEEDED, Profiler
 from pretrain.recipe import Recipe
 from shards.index import Index
 from shards.stream import Quarantine
 
 RESUME_LATER = 85  # exit code of a run that was asked to stop and can go on
-
-
-class StopSignal:
-    """SIGINT and SIGTERM ask for an orderly stop after the step in hand; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def share(self) -> None:
-        """All ranks stop at the same step, whichever was asked."""
-        self.asked = not dist.all_agree(not self.asked)
 
 
 class Record:
@@ -82,15 +55,33 @@ class Record:
             disable=not (self.main and self.console.is_terminal),
         )
         self.task = self.bar.add_task(recipe.name, total=recipe.steps, completed=step, news="")
+        self.meter = self._meter(learner)
+        self.profiler = self._profiler(recipe.steps - step)
         self.quarantine = Quarantine(out / "quarantine.jsonl", recipe.stream, len(self.selected))
         self._clear()
 
     def __enter__(self) -> Record:
         self.bar.start()
+        if self.profiler:
+            self.profiler.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.profiler:
+            self.profiler.stop()
         self.bar.stop()
+
+    def _meter(self, learner: Student) -> meters.Meter:
+        recipe, here = self.recipe, self.accelerator
+        work = meters.work(recipe, learner, self.index.channels)
+        return meters.Meter(recipe.batch.size, work, meters.peak(here.device, here.mixed_precision), here.num_processes)
+
+    def _profiler(self, steps: int) -> Profiler | None:
+        if not (self.recipe.profile and self.main):
+            return None
+        if steps < NEEDED:
+            raise UserError(f"profile=true needs {NEEDED} steps, and {steps} are left of this run: raise steps=")
+        return Profiler(self.out / "profile")
 
     def _begin(self, learner: Student, fresh: bool) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -108,15 +99,9 @@ class Record:
             save_file(kept, self.out / "prototypes.safetensors", metadata=names)
 
     def _clear(self) -> None:
-        self.sums: dict[str, Tensor | float] = {}
-        self.steps, self.skipped, self.waited, self.started = 0, 0, 0.0, time.perf_counter()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time in here is time without data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
+        self.sums: dict[str, Tensor] = {}
+        self.steps, self.skipped = 0, torch.zeros((), device=self.accelerator.device)
+        self.meter.restart()
 
     def due(self, step: int) -> bool:
         """Is there a line to write? At checkpoints too, so that a resumed run writes the same lines."""
@@ -129,21 +114,26 @@ class Record:
         losses: Mapping[str, Tensor],
         total: Tensor,
         norm: Tensor,
-        accepted: bool,
+        refused: Tensor,
         schedule: Mapping[str, float],
         health: Mapping[str, Tensor],
         line_due: bool,
     ) -> None:
-        """Take note of one step; `step` counts it already. Writes a line when `line_due`."""
+        """Take note of one step; `step` counts it already. Writes a line when `line_due`.
+
+        refused: scalar on the device, above 0 where the step was not taken. It is read with the line, and not before:
+        the host must not wait for the device in each step.
+        """
         for batch in batches:
             if batch.bad:
                 self.quarantine.add(batch.bad, seen=step * self.recipe.batch.size)
-        if accepted:
-            values = {f"loss/{name}": loss for name, loss in losses.items()}
-            for name, value in {**values, "loss": total, "grad_norm": norm}.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+        for name, value in {**{f"loss/{k}": v for k, v in losses.items()}, "loss": total, "grad_norm": norm}.items():
+            taken = torch.where(refused > 0, 0.0, value.detach().float())
+            self.sums[name] = self.sums[name] + taken if name in self.sums else taken
         self.steps += 1
-        self.skipped += not accepted
+        self.skipped = self.skipped + (refused > 0)
+        if self.profiler and (told := self.profiler.step()):
+            self.say(told)
         self.bar.update(self.task, completed=step)
         if line_due:
             line = self._line(step, schedule, health)
@@ -152,23 +142,24 @@ class Record:
             self._clear()
 
     def _line(self, step: int, schedule: Mapping[str, float], health: Mapping[str, Tensor]) -> dict[str, float]:
-        taken = max(self.steps - self.skipped, 1)
-        averaged = {name: torch.as_tensor(value) / taken for name, value in self.sums.items()} | dict(health)
+        taken = (self.steps - self.skipped).clamp_min(1)
+        averaged = {name: value / taken for name, value in self.sums.items()} | dict(health)
+        averaged["skipped"] = self.skipped
         # One reduction for the whole line; ranks see different images, so each holds a part of the mean.
         packed = torch.stack([v.detach().float().to(self.accelerator.device) for v in averaged.values()])
         packed = dist.all_reduce_sum(packed) / self.accelerator.num_processes
-        seconds = time.perf_counter() - self.started
-        self.seconds += seconds
+        values = dict(zip(averaged, packed.tolist(), strict=True))  # here the host waits for the device
+        self.seconds += self.meter.seconds()
         images = step * self.recipe.batch.size
         return {
             "images": images,
             "epoch": images / len(self.selected),
             "seconds": round(self.seconds, 2),
             **schedule,
-            **dict(zip(averaged, packed.tolist(), strict=True)),
-            "skipped": self.skipped,
-            "images_per_s": self.steps * self.recipe.batch.size / seconds,
-            "data_wait": self.waited / seconds,
+            **values,
+            "skipped": round(values["skipped"]),
+            **self.meter.read(self.steps),
+            "eta": round(self.seconds / step * (self.recipe.steps - step), 1),  # seconds
         }
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -181,16 +172,14 @@ class Record:
 
     def _show(self, step: int, line: Mapping[str, float]) -> None:
         losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
-        speed, wait = line["images_per_s"], line["data_wait"]
-        news = f"{speed:.0f} images/s  {losses}" + (f"  waiting for data {wait:.0%}" if wait > 0.2 else "")
+        news = f"{meters.text(line)}  {losses}"
         self.bar.update(self.task, news=news)
         if self.main and self.bar.disable:
-            left = (self.recipe.steps - step) * self.recipe.batch.size / speed
-            print(f"step {step}/{self.recipe.steps}  {news}  {left / 60:.1f} min left", flush=True)
+            print(f"step {step}/{self.recipe.steps}  {news}  {line['eta'] / 60:.1f} min left", flush=True)
 
     def say(self, text: str) -> None:
         if self.main:
-            self.bar.console.print(text, highlight=False, markup=False)
+            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def save(self, step: int, learner: Student, teacher: Student, optimizer: torch.optim.Optimizer) -> None:
         if self.main:

@@ -20,6 +20,7 @@ from hybridssl.objectives import objective_types
 from hybridssl.page import Markup, Page
 from hybridssl.recipe import read_yaml, resolve
 from pretrain import report_images
+from pretrain.meters import flops
 from pretrain.pictures import Lens
 from shards.errors import DataError
 from shards.index import Index
@@ -94,6 +95,9 @@ SCHEDULES = (
         {"": "data_wait"},
         "Share of the time without data. Lastingly above 0.1: more loader workers.",
     ),
+    ("TFLOP/s", {"": "tflops"}, "Of one device, by what the method needs: repeated work does not count."),
+    ("Share of the device's peak", {"": "mfu"}, "Model FLOPs utilisation, of the bf16 peak that its maker states."),
+    ("Memory", {"": "memory_gib"}, "In GiB, the most so far: tensors on the GPU, or the process where there is none."),
 )
 
 
@@ -211,6 +215,7 @@ def _head(page: Page, m: Material) -> None:
         "Backbone": ", ".join([backbone["name"], *args]) if "name" in backbone else None,
         "Image size": f"{about['image_size']} px" if about else None,
         "Objectives": ", ".join(m.recipe.get("objectives") or ()) or None,
+        **_speed(m.lines, unfinished=bool(steps and planned and steps < planned)),
         "Duration": duration(seconds) if seconds is not None else None,
         "Machine": m.state.get("machine"),
         "Skipped steps": sum(line.get("skipped", 0) for line in m.lines) or None,
@@ -222,6 +227,22 @@ def _head(page: Page, m: Material) -> None:
         page.note("The images are synthetic, drawn by a program: nothing here tells how it does on patients.", "warn")
     if m.missing:
         page.note(f"Pictures of what the backbone sees are left out: {m.missing}", "warn")
+
+
+def _speed(lines: Sequence[Line], unfinished: bool) -> dict[str, str]:
+    """Facts for the head: medians over the run, the last word on memory and on the time left."""
+    keys = ("images_per_s", "data_wait", "tflops", "mfu")
+    usual = {key: median(y for _, y in points) for key in keys if (points := _points(lines, key))}
+    memory, left = _last(lines, "memory_gib"), _last(lines, "eta") if unfinished else None
+    facts = {
+        "Images per second": f"{usual['images_per_s']:.0f}" if "images_per_s" in usual else "",
+        "Waiting for data": f"{usual['data_wait']:.0%}" if "data_wait" in usual else "",
+        "Work": flops(usual["tflops"]) if "tflops" in usual else "",
+        "Of the device's peak": f"{usual['mfu']:.0%}" if "mfu" in usual else "",
+        "Memory": f"{memory:.1f} GiB" if memory is not None else "",
+        "Still to go": duration(left) if left is not None else "",
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 def _losses(page: Page, m: Material) -> None:

@@ -68,7 +68,7 @@ def crossing(crops: int, local_weight: float, like: Tensor) -> tuple[Tensor, Ten
     cross-entropy is linear in its target, times `local_weight`. Over the number of pairs, whatever the weight.
     """
     mix = like.new_full((crops, 2), 0.5)
-    mix[:2] = like.new_tensor([[0.0, 1.0], [1.0, 0.0]])
+    mix[:2] = torch.eye(2, device=like.device).flip(0)  # not from a list, for which a device would be waited for
     weights = like.new_full((crops, 1), 2 * local_weight)
     weights[:2] = 1.0
     return mix, weights / (2 * crops - 2)

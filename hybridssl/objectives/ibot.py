@@ -73,7 +73,7 @@ class Ibot(Distil):
     def forward(self, student: ViewTokens, target: Target, batch: Batch, progress: float) -> dict[str, Tensor]:
         z = self.head.bottleneck(_masked(student.global_, batch))  # [M, bottleneck]
         masks = batch.masks.flatten(0, 1)  # [2B, P]
-        share = (1 / masks.sum(dim=1, keepdim=True).clamp_min(1)).expand(masks.shape)[masks]  # 1 / n_v for each patch
+        share = (1 / masks.sum(dim=1).clamp_min(1))[batch.hidden // masks.shape[1]]  # 1 / n_v for each patch
         temperature = self.options.student_temperature
         return {
             "ibot": cross_entropy(z[None], self.head.weight, target.patches, temperature, share[None] * target.scale)
@@ -82,4 +82,4 @@ class Ibot(Distil):
 
 def _masked(tokens: Tokens, batch: Batch) -> Tensor:
     """The masked patches [M, D] of the global views, view-major, then in the order of the grid."""
-    return tokens.patches[batch.masks.flatten(0, 1)]
+    return tokens.patches.flatten(0, 1)[batch.hidden]

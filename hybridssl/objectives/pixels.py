@@ -68,13 +68,13 @@ class Pixels(Objective):
 
     def forward(self, student: ViewTokens, target: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
         assert student.views is not None
-        masks = batch.masks.flatten(0, 1)  # [2B, P]
         if self.decoder is None:
-            hidden, distance = student.global_.patches[masks], F.l1_loss
+            patches, distance = student.global_.patches, F.l1_loss
         else:
             assert student.visible is not None
-            hidden, distance = self.decoder(student.visible, masks), F.mse_loss
-        wanted = normalize_mean_var(patchify(student.views.global_, self.patch))[masks]  # [M, pixels]
+            patches, distance = self.decoder(student.visible, batch.masks.flatten(0, 1)), F.mse_loss
+        hidden = patches.flatten(0, 1)[batch.hidden]
+        wanted = normalize_mean_var(patchify(student.views.global_, self.patch)).flatten(0, 1)[batch.hidden]
         losses = distance(fp32(self.predict(hidden)), wanted, reduction="none").mean(dim=1)  # [M]
         return {"pixels": losses.sum() * target}
 
@@ -93,9 +93,9 @@ class Decoder(nn.Module):
         )
 
     def forward(self, visible: Tokens, masks: Tensor) -> Tensor:
-        """Tokens of the visible patches [N, V, dim], masks [N, P] with V places that are not hidden -> the M hidden
-        ones [M, width], view by view in the order of the grid."""
+        """Tokens of the visible patches [N, V, dim], masks [N, P] with V places that are not hidden -> tokens of
+        all patches [N, P, width] in the order of the grid."""
         seen = self.embed(torch.cat([visible.cls[:, None], visible.patches], dim=1))  # [N, 1 + V, width]
         places = seen.new_zeros(*masks.shape, seen.shape[2]).masked_scatter(~masks[:, :, None], seen[:, 1:])
         hidden = torch.cat([masks.new_zeros(len(masks), 1), masks], dim=1)
-        return self.blocks(torch.cat([seen[:, :1], places], dim=1), mask=hidden)[:, 1:][masks]
+        return self.blocks(torch.cat([seen[:, :1], places], dim=1), mask=hidden)[:, 1:]

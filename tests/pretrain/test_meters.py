@@ -1,0 +1,129 @@
+"""What a run says of its own speed, against torch's own count and a clock."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridssl import student
+from hybridssl.views import render
+from pretrain import data, loop, meters
+from pretrain.loop import main
+from pretrain.meters import Meter
+from pretrain.recipe import load
+from shards.index import Index
+from tests.pretrain.conftest import lines
+
+# A backbone that takes most of the work, as in earnest, and heads that take a tenth.
+LARGER = [
+    "views.global_size=96",
+    "views.local_size=48",
+    "views.local_count=4",
+    "views.mask_probability=0.5",
+    "backbone.args={patch_size: 16, depth: 3, embed_dim: 192, num_heads: 3}",
+    "objectives.dino={prototypes: 512, hidden: 256, bottleneck: 64}",
+    "objectives.ibot={prototypes: 512, hidden: 256, bottleneck: 64}",
+    "objectives.spread=null",
+    "objectives.labels=null",
+    "stream.labelled_fraction=0",
+    "out=x",
+]
+
+
+def counted(arguments: list[str]) -> tuple[float, float]:
+    """FLOPs an image: those that torch sees in a step, and those that the meter goes by."""
+    recipe = load(arguments)
+    index = Index.open(recipe.data.train)
+    learner = loop.build_student(recipe, index, recipe.batch.size)
+    teacher = student.make_teacher(learner)
+    batch = next(iter(data.loader(recipe, index, False, learner.backbone.patch_size, 0, 0, 1)))
+    views = render(batch, recipe.views)
+    with FlopCounterMode(display=False) as counter:
+        (target,) = student.targets(teacher, [views], [batch], 0.5)
+        losses, _ = learner(views, target, batch, 0.5)
+        loop.weighted(losses, recipe, 0.5).backward()
+    said = meters.work(recipe, learner, index.channels)
+    assert said is not None
+    return counter.get_total_flops() / recipe.batch.size, said
+
+
+def test_work_is_what_torch_counts(tiny: list[str]) -> None:
+    found, said = counted([*tiny, *LARGER])
+    assert 0.85 * found < said < 1.02 * found  # below: heads compute their scores more than once, to save memory
+    dino = [a for a in LARGER if "ibot" not in a]
+    alone, without = counted([*tiny, *dino, "objectives.ibot=null"])
+    assert 0.85 * alone < without < 1.02 * alone
+    assert without < said
+
+
+def test_work_of_a_convolution_or_of_labels_alone_is_not_told(tiny: list[str]) -> None:
+    recipe = load([*tiny, "objectives={dino: null, ibot: null, spread: null}", "out=x"])
+    index = Index.open(recipe.data.train)
+    assert meters.work(recipe, loop.build_student(recipe, index, 8), index.channels) is None
+
+
+def test_a_meter_is_a_clock() -> None:
+    meter = Meter(batch=10, work=4e12, peak=400, world=2)
+    with meter.waiting():
+        time.sleep(0.03)
+    time.sleep(0.03)
+    read = meter.read(steps=3)
+    assert read["images_per_s"] <= 30 / 0.06
+    assert 0 < read["data_wait"] <= 1
+    assert read["tflops"] == pytest.approx(read["images_per_s"] * 4 / 2)
+    assert read["mfu"] == pytest.approx(read["tflops"] / 400)
+    meter.restart()
+    assert meter.read(steps=1)["data_wait"] == 0
+    assert not {"tflops", "mfu"} & Meter(10, None, 400).read(1).keys()
+    assert "mfu" not in Meter(10, 1e12, None).read(1)
+
+
+def test_memory_grows_with_what_is_held() -> None:
+    before = meters.memory()
+    held = torch.ones(before // 2 + (64 << 20), dtype=torch.uint8)
+    if not torch.cuda.is_initialized():
+        assert meters.memory() > before
+        assert meters.memory() > len(held)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_peaks_by_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert meters.peak(torch.device("cuda"), "bf16") == peak
+    assert meters.peak(torch.device("cuda"), "no") is None
+    assert meters.peak(torch.device("cpu"), "bf16") is None
+
+
+def test_a_run_tells_its_speed_in_the_log_and_on_the_way(tiny: list[str], tmp_path: Path, capsys) -> None:
+    assert main([*tiny, f"out={tmp_path / 'run'}"]) == 0
+    told = lines(tmp_path / "run")
+    for line in told:
+        assert line["tflops"] > 0
+        assert line["memory_gib"] > 0.05
+        assert 0 <= line["data_wait"] < 1
+        assert "mfu" not in line or line["mfu"] < 1
+        assert line["eta"] == pytest.approx(line["seconds"] / line["step"] * (4 - line["step"]), abs=0.1)
+    assert told[-1]["eta"] == 0
+    shown = capsys.readouterr().out
+    for words in ("images/s", "waiting for data", "GFLOP/s", "GiB", "min left"):
+        assert words in shown
+    html = (tmp_path / "run" / "report.html").read_text()
+    for words in ("TFLOP/s", "Memory", "Waiting for data", "Images per second"):
+        assert words in html
