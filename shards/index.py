@@ -1,7 +1,8 @@
 """The index of a folder of tars: where each member lies, and what is known of each sample, as mapped columns.
 
 `index.json` holds what is small, `index.safetensors` the columns (one row a sample, in shard order, then in the order
-of the tar). Two files because ten million samples must open at once, which JSON cannot.
+of the tar). Two files because ten million samples must open at once, which JSON cannot. The folder may be an address
+(s3://, gs://, hf://, https://), whose files come through a cache (remote.py, cache.py).
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from shards.columns import MEMBERS, fit, map_columns
 from shards.errors import DataError
 from shards.format import FORMAT, VERSION, Sample
 
-MEMBERS = ("image", "json", "mask", "txt")
+if TYPE_CHECKING:  # a folder needs no network
+    from shards.cache import Cache
+    from shards.remote import Remote
+
 OPEN_SHARDS = 64  # maps kept open a process; a map costs address space, not memory
-_DTYPES = {"I64": np.int64, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
+ADDRESS = re.compile(r"(s3|gs|hf|https?):/+(.*)", re.DOTALL)  # a Path has turned // into /
 
 
 class Index:
     """Random access to the samples of a folder. Picklable, and safe after fork: every process maps for itself."""
 
-    def __init__(self, root: Path, header: dict[str, Any], digest: str):
-        self.root = root
+    def __init__(self, root: Path, header: dict[str, Any], digest: str, remote: Remote | None = None):
+        self.root = root  # of an address, the folder with the copy of its index.json and classes.csv
+        self.remote = remote
         self.header = header
         self.sha256 = digest  # of index.json, which holds the digests of all else
         self.sources: tuple[str, ...] = tuple(header["sources"])
@@ -44,18 +50,36 @@ class Index:
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
 
     @classmethod
-    def open(cls, root: str | Path) -> Index:
-        """DataError when there is no index, when it is newer than this code, or when its files do not fit it."""
-        root = Path(root).absolute()
+    def open(cls, root: str | Path, cache: Cache | None = None) -> Index:
+        """DataError when there is no index, when it is newer than this code, or when its files do not fit it.
+
+        `cache`: where the files of an address go; None: as the environment says (cache.py).
+        """
+        remote = None
+        if address := ADDRESS.fullmatch(str(root)):
+            from shards.remote import Remote
+
+            remote = Remote(f"{address[1]}://{address[2].rstrip('/')}", cache)
+            remote.small("index.json")
+            remote.small("classes.csv", needed=False)
+        root = remote.folder if remote else Path(root).absolute()
         file = root / "index.json"
         if not file.is_file():
             hint = "index the tars that lie there" if any(root.glob("*.tar")) else "or make one with `python -m shards"
             hint += f" (`python -m shards index {root}`)" if "lie" in hint else " build` or `python -m shards demo`"
             raise DataError(f"{root} holds no index.json: {hint}")
         raw = file.read_bytes()
-        index = cls(root, _header(raw, file), sha256(raw).hexdigest())
-        for shard in index.shards:
-            path = root / shard["name"]
+        index = cls(root, _header(raw, file), sha256(raw).hexdigest(), remote)
+        if not remote:
+            index._check_shards()
+        names = {"source": len(index.sources), "label": len(index.classes), "split": len(index.splits)}
+        if not fit(index._columns, len(index), names):
+            raise DataError(f"{index}: index.json and index.safetensors do not belong together: index it again")
+        return index
+
+    def _check_shards(self) -> None:
+        for shard in self.shards:
+            path = self.root / shard["name"]
             if not path.is_file():
                 raise DataError(f"shard {path} is missing: bring it back, or build or index the folder again")
             if path.stat().st_size != shard["bytes"]:
@@ -63,12 +87,22 @@ class Index:
                     f"shard {path} has {path.stat().st_size:,} bytes where the index says {shard['bytes']:,}: "
                     "it was cut off or changed; copy it again, or index the folder again"
                 )
-        if len(index.column("source")) != len(index):
-            raise DataError(f"{root}: index.json and index.safetensors do not belong together: index it again")
-        return index
+
+    def __str__(self) -> str:
+        return self.remote.url if self.remote else str(self.root)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def members(self) -> list[Index]:
+        """An index is a mix of one (mix.py)."""
+        return [self]
+
+    @property
+    def bounds(self) -> list[int]:
+        """Where the samples of each member begin, and the end."""
+        return [0, len(self)]
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k != "_columns"}
@@ -76,12 +110,17 @@ class Index:
 
     @cached_property
     def _columns(self) -> dict[str, np.ndarray]:
-        return _map_columns(self.root / "index.safetensors")
+        name = "index.safetensors"
+        try:
+            with self._open(name, self.header["columns_sha256"]) as file:
+                return map_columns(file)
+        except OSError as error:
+            raise DataError(f"{self}/{name} cannot be read ({error}): index the folder again") from None
 
     def column(self, name: str) -> np.ndarray:
         """One mapped column: `image json mask txt` [N, 2] (offset, size); `source split label group digest` [N]."""
         if name not in self._columns:
-            raise DataError(f"the index of {self.root} has no column {name!r}; it has {', '.join(self._columns)}")
+            raise DataError(f"the index of {self} has no column {name!r}; it has {', '.join(self._columns)}")
         return self._columns[name]
 
     def named(self) -> np.ndarray:
@@ -100,12 +139,12 @@ class Index:
             counts = np.bincount(self.column("split"), minlength=len(self.splits))
             there = ", ".join(f"{n or '(none)'} {c:,}" for n, c in zip(self.splits, counts, strict=True) if c)
             asked = ", ".join(repr(name) for name in unknown or splits)
-            raise DataError(f"{self.root} has no sample in split {asked}; it has {there or 'no sample at all'}")
+            raise DataError(f"{self} has no sample in split {asked}; it has {there or 'no sample at all'}")
         return chosen
 
     def key(self, i: int) -> str:
         at = self.column("key_at")
-        return bytes(self.column("keys")[at[i] : at[i + 1]]).decode()
+        return bytes(self.column("keys")[at[i] : at[i + 1]]).decode(errors="replace")
 
     def shard_of(self, i: int) -> tuple[str, int]:
         """The shard's file name, and the byte at which the image starts in it."""
@@ -141,8 +180,8 @@ class Index:
         return self._labels(i, self._row(i, self._bytes(i, "json")))
 
     def _labels(self, i: int, row: dict[str, Any]) -> tuple[str, ...]:
-        label = int(self.column("label")[i])
-        return labels_of(row) or (() if label < 0 else (self.classes[label],))  # a foreign tar has `cls` instead
+        label = int(self.column("label")[i])  # a foreign tar has `cls` instead of a row
+        return labels_of(row) or (() if label < 0 else (self.classes[label],))
 
     def _row(self, i: int, data: bytes | None) -> dict[str, Any]:
         try:
@@ -156,8 +195,15 @@ class Index:
         expected = {shard["name"]: shard["sha256"] for shard in self.shards}
         expected["index.safetensors"] = self.header["columns_sha256"]
         for name, digest in expected.items():
-            if file_sha256(self.root / name) != digest:
-                raise DataError(f"{self.root / name} is not what was indexed (its sha256 differs): copy it again")
+            with self._open(name, digest) as file:
+                if _sha256(file) != digest:
+                    raise DataError(f"{self}/{name} is not what was indexed (its sha256 differs): copy it again")
+
+    def ahead(self, shards: Sequence[int]) -> None:
+        """Fetch these shards in the background, if they are not on this machine."""
+        if self.remote:
+            wanted = [self.shards[number] for number in shards]
+            self.remote.ahead([(shard["name"], shard["sha256"], shard["bytes"]) for shard in wanted])
 
     def _shard(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -178,15 +224,31 @@ class Index:
         if number in self._maps:
             self._maps.move_to_end(number)
             return self._maps[number]
-        path = self.root / self.shards[number]["name"]
+        while len(self._maps) >= self._most_maps():
+            self._unmap()
+        shard = self.shards[number]
         try:
-            with path.open("rb") as file:
+            with self._open(shard["name"], shard["sha256"], shard["bytes"]) as file:
                 self._maps[number] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
-            raise DataError(f"shard {path} cannot be opened: {error}") from None
-        if len(self._maps) > OPEN_SHARDS:
-            self._maps.popitem(last=False)[1].close()
+            raise DataError(f"shard {self}/{shard['name']} cannot be opened: {error}") from None
         return self._maps[number]
+
+    def _open(self, name: str, digest: str, size: int | None = None) -> BinaryIO:
+        return self.remote.open(name, digest, size, self._unmap) if self.remote else (self.root / name).open("rb")
+
+    def _unmap(self) -> bool:
+        """Let go of the shard that was used longest ago. False: there is none."""
+        if self._maps:
+            self._maps.popitem(last=False)[1].close()
+            return True
+        return False
+
+    def _most_maps(self) -> int:
+        if not self.remote:
+            return OPEN_SHARDS
+        largest = max(shard["bytes"] for shard in self.shards)  # what is mapped cannot make way in the cache
+        return max(1, min(OPEN_SHARDS, self.remote.cache.size // 4 // max(largest, 1)))
 
 
 def labels_of(row: dict[str, Any]) -> tuple[str, ...]:
@@ -203,10 +265,14 @@ def _meta(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    digest = sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        return _sha256(file)
+
+
+def _sha256(file: BinaryIO) -> str:
+    digest = sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()
 
 
@@ -224,27 +290,14 @@ def _header(raw: bytes, file: Path) -> dict[str, Any]:
         bad = [s["name"] for s in header["shards"] if not re.fullmatch(r"[^/\\\0]+\.tar", s["name"])]
         if bad:
             raise ValueError(f"{bad[0]!r} is no file name of a shard in this folder")
-        Index(file.parent, header, "")
-        if not {"columns_sha256", "samples"} <= header.keys():
-            raise ValueError("a field is missing")
+        if not all(type(s[key]) is int and s[key] >= 0 for s in header["shards"] for key in ("samples", "bytes")):
+            raise ValueError("the sizes of a shard are no numbers")
+        index = Index(file.parent, header, "")
+        texts = [*index.sources, *index.splits, *index.vocabulary, *index.classes, header["columns_sha256"]]
+        if not all(isinstance(text, str) for text in (*texts, *(shard["sha256"] for shard in index.shards))):
+            raise ValueError("a name is no text")
+        if type(index.channels) is not int or "samples" not in header or set(index.sources) - set(index.vocabulary):
+            raise ValueError("a field is missing, or is of another kind")
         return header
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{file} is no index of shards ({error}): index the folder again") from None
-
-
-def _map_columns(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file as read-only maps: only what is touched is read."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        columns = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            start, dtype, shape = 8 + size + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            empty = not np.prod(shape, dtype=np.int64)
-            columns[name] = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", start, shape)
-        return columns
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise DataError(f"{path} cannot be read ({error}): index the folder again") from None
