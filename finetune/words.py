@@ -25,6 +25,7 @@ from hybridssl.objectives.labels import projection
 from hybridssl.text import ClassText
 from shards.errors import DataError
 from shards.index import Index
+from shards.mix import open_sets
 
 Array = np.ndarray
 SAME = 0.999  # least cosine at which a prototype counts as made again
@@ -173,7 +174,7 @@ def _labelled(state: dict[str, Any], index: Index, kind: str) -> set[str] | None
     about, own = state["data"], index
     if index.sha256 != about["index_sha256"]:
         try:
-            own = Index.open(about["index"])
+            own = open_sets(about["index"])
         except DataError:
             return None
         if own.sha256 != about["index_sha256"]:
@@ -234,10 +235,12 @@ def _cached_encoder(cache: str) -> str:
 
 
 def _tables(
-    path: Path | None, recipe: str, pretrained: str, here: Path, trained: Sequence[str]
+    path: Path | None, recipe: str, pretrained: str | list[str], here: Path, trained: Sequence[str]
 ) -> list[tuple[str, list[ClassText]]]:
     """Where the words of the training classes may be, each with its name; the plain keys last."""
-    places = [path, Path(recipe) if recipe else None, Path(pretrained) / "classes.csv", here / "classes.csv"]
+    folders = [pretrained] if isinstance(pretrained, str) else pretrained
+    beside = [Path(folder) / "classes.csv" for folder in (*folders, here)]
+    places = [path, Path(recipe) if recipe else None, *beside]
     found: list[tuple[str, list[ClassText]]] = []
     for place in dict.fromkeys(p for p in places if p is not None and p.is_file()):
         table = {c.key: c for c in text.read_classes(place)}

@@ -61,20 +61,20 @@ def _column(index: Index, name: str, kind: str, rows: list[dict[str, Any]]) -> C
         known = sorted({key for row in rows for key, value in row.items() if value not in (None, "")})
         near = difflib.get_close_matches(name, known, 1, 0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise UserError(f"no image of {index.root} has a column '{name}'{hint} It has {', '.join(known) or 'none'}")
+        raise UserError(f"no image of {index} has a column '{name}'{hint} It has {', '.join(known) or 'none'}")
     numbers = [_number(value) for value in values]
     names = tuple(sorted({str(value) for value in values}))
     if len(names) == 1:
-        raise UserError(f"column '{name}' of {index.root} is '{names[0]}' throughout and guides nothing: leave it out")
+        raise UserError(f"column '{name}' of {index} is '{names[0]}' throughout and guides nothing: leave it out")
     whole = all(number is not None for number in numbers)
     if kind == "number" or (not kind and whole and len(names) > FEW):
         finite = np.array([n for n in numbers if n is not None and math.isfinite(n)])
         if not len(finite) or not finite.std():
-            raise UserError(f"column '{name}' of {index.root} is not of numbers, such as '{names[0]}': ask for classes")
+            raise UserError(f"column '{name}' of {index} is not of numbers, such as '{names[0]}': ask for classes")
         return Column(name, mean=float(finite.mean()), std=float(finite.std()))
     if len(names) > MOST:
         raise UserError(
-            f"column '{name}' of {index.root} has {len(names):,} different values, such as '{names[0]}': a guide takes "
+            f"column '{name}' of {index} has {len(names):,} different values, such as '{names[0]}': a guide takes "
             f"numbers, or up to {MOST:,} classes"
         )
     return Column(name, names)

@@ -70,9 +70,11 @@ def selected(recipe: Recipe, index: Index) -> np.ndarray:
         return chosen
     from shards.audit import excluded  # faiss, which no other run waits for
 
-    left = np.setdiff1d(chosen, excluded(recipe.stream.exclude, index))
+    left = chosen
+    for audit in recipe.stream.exclude.split(","):
+        left = np.setdiff1d(left, excluded(audit.strip(), index))
     if not len(left):
-        raise DataError(f"stream.exclude={recipe.stream.exclude} leaves no sample of {index.root} to train on")
+        raise DataError(f"stream.exclude={recipe.stream.exclude} leaves no sample of {index} to train on")
     return left
 
 
@@ -101,11 +103,15 @@ def label_counts(recipe: Recipe, index: Index) -> np.ndarray:
     """
     chosen = selected(recipe, index)
     source, label = (np.asarray(index.column(name)[chosen]) for name in ("source", "label"))
-    counts = np.zeros((len(index.sources), len(index.classes)))
-    np.add.at(counts, (source[label >= 0], label[label >= 0]), 1)
-    share, present = recipe.stream.labelled_fraction, counts.sum(axis=0)
-    balanced = counts / np.maximum(present, 1) / max(np.count_nonzero(present), 1)
-    return (1 - share) * counts + share * len(chosen) * balanced
+    member = np.searchsorted(index.bounds, chosen, side="right") - 1
+    sizes = np.bincount(member, minlength=len(index.members))
+    rates = np.array(recipe.stream.shares(sizes.tolist()), float) * len(chosen) / np.maximum(sizes, 1)
+    there, known = np.zeros((2, len(index.sources), len(index.classes))), label >= 0
+    np.add.at(there[0], (source[known], label[known]), 1)
+    np.add.at(there[1], (source[known], label[known]), rates[member[known]])  # as often as a mix shows its set
+    share, present = recipe.stream.labelled_fraction, there[0].sum(axis=0)
+    balanced = there[0] / np.maximum(present, 1) / max(np.count_nonzero(present), 1)
+    return (1 - share) * there[1] + share * len(chosen) * balanced
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:

@@ -60,12 +60,11 @@ def run(folder: str, keys: Sequence[str], out: str | None) -> None:
     from hybridssl.recipe import parse_overrides, resolve
     from pretrain.measure import measure
     from pretrain.recipe import Recipe
-    from shards.index import Index
 
     if out and Path(out).exists():
         raise UserError(f"{out} is there already: name another file, or delete it")
     fixed = parse_overrides([*keys, f"data.train={folder}"])
-    index = Index.open(folder)
+    index = resolve(Recipe, [fixed]).data.open()
     proposal = look(index, fixed)
     recipe = resolve(Recipe, [{"name": Path(out).stem if out else "auto"}, proposal.tree(), fixed])
     try:
@@ -105,8 +104,9 @@ def automatic(fixed: Mapping[str, Any]) -> dict[str, Any]:
     without data for a new run: what is missing is named where the recipe is checked.
     """
     from hybridssl import run
+    from hybridssl.recipe import resolve
     from pretrain.draft import given
-    from shards.index import Index
+    from pretrain.recipe import Recipe
 
     folder, out = given(fixed, "data.train", ""), given(fixed, "out", "")
     if not out:
@@ -115,7 +115,7 @@ def automatic(fixed: Mapping[str, Any]) -> dict[str, Any]:
         return run.read_state(out)["recipe"]
     if not folder:
         return {}
-    index = Index.open(folder)
+    index = resolve(Recipe, [fixed]).data.open()
     proposal = look(index, fixed)
     if os.environ.get("RANK", "0") == "0":
         show(proposal, index)
@@ -130,7 +130,8 @@ def show(proposal: Proposal, index: Index) -> None:
 
     console = Console(highlight=False, markup=False)
     data, machine = proposal.draft.data, proposal.draft.machine
-    about = ((f"training images of {index.root.name}", _of_data(data)), ("this machine", _of(machine)))
+    names = " + ".join(str(member).rpartition("/")[2] for member in index.members)
+    about = ((f"training images of {names}", _of_data(data)), ("this machine", _of(machine)))
     for title, rows in about:
         table = Table(title=title, show_header=False)
         for name, text in rows.items():

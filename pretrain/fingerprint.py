@@ -123,8 +123,8 @@ def _pictures(index: Index, numbers: np.ndarray) -> dict:
         squares.append((pixels**2).mean(axis=0) / 255**2)
     if not sides:
         raise UserError(
-            f"none of the {len(numbers):,} images looked at in {index.root} can be read: check the folder with "
-            f"`python -m shards stats {index.root} --verify`"
+            f"none of the {len(numbers):,} images looked at in {index} can be read: check the folder with "
+            f"`python -m shards stats DIR --verify`"
         )
     mean = np.mean(means, axis=0)
     std = np.sqrt(np.maximum(np.mean(squares, axis=0) - mean**2, 1e-4))

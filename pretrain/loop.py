@@ -46,7 +46,8 @@ Pretrain a vision backbone on tar shards. Run the same command again and it goes
 
   recipe=NAME      one of: {names}; or a .yaml file.
                    Without one, what `python -m hybridssl doctor` proposes for the data and this machine (recipe=auto)
-  data.train=DIR   a folder made by `python -m shards build` (or `demo`)
+  data.train=DIR   a folder made by `python -m shards build` (or `demo`), or its address: s3://, gs://, hf://, https://;
+                   several as DIR,DIR, mixed by size, by stream.temperature=T or by stream.weights=[W,W]
   out=DIR          the run folder: recipe.yaml, metrics.jsonl, checkpoints/, report.html
   key=value        any key of the recipe, for example steps=2000 batch.size=128 batch.micro=32 seed=1
                    objectives.labels=null switches a part off; lists as views.local_scale=[0.1,0.4]
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
 def train(recipe: Recipe) -> int:
     """Run `recipe` to its end, from the newest checkpoint of `recipe.out` if there is one; returns the exit code."""
     out = Path(recipe.out)
-    index = Index.open(recipe.data.train)
+    index = recipe.data.open()
     state = check(recipe, out, index)
     recipe = with_precision(recipe, state)
     accelerator = start_accelerator(recipe)
@@ -175,7 +176,7 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
         )
     if state["data"]["index_sha256"] != index.sha256:
         raise UserError(
-            f"{recipe.data.train} is not what {out} was trained on (its index changed); use another out=..."
+            f"{index} is not what {out} was trained on (its index changed); use another out=..."
         )
     return state
 

@@ -21,14 +21,14 @@ class InLoopProbe:
 
     def __init__(self, recipe: Recipe, index: Index) -> None:
         self.recipe = recipe
-        self.home = _Judged(Index.open(recipe.data.probe) if recipe.data.probe else index, recipe)
-        self.kept = _Judged(Index.open(recipe.probe.keep), recipe) if recipe.probe.keep else None
+        self.home = _Judged(recipe.data.open(recipe.data.probe) if recipe.data.probe else index, recipe)
+        self.kept = _Judged(recipe.data.open(recipe.probe.keep), recipe) if recipe.probe.keep else None
         if self.kept and not self.kept.useful:
             raise UserError(f"probe.keep={recipe.probe.keep}: needs two labelled classes in its train and val splits")
         if self.kept and self.kept.index.channels != index.channels:
             raise UserError(
                 f"probe.keep={recipe.probe.keep} has images of {self.kept.index.channels} channels, "
-                f"{recipe.data.train} of {index.channels}: name a set like the one that is trained on"
+                f"{index} of {index.channels}: name a set like the one that is trained on"
             )
 
     def due(self, step: int) -> bool:

@@ -16,6 +16,8 @@ from hybridssl.optim import OptimOptions
 from hybridssl.recipe import parse_overrides, read_yaml, resolve
 from hybridssl.text import TextOptions
 from hybridssl.views import ViewOptions
+from shards.index import ADDRESS, Index
+from shards.mix import open_sets
 from shards.stream import StreamOptions
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -24,10 +26,27 @@ AUTO = "auto"  # no file: what the doctor proposes for the data and the machine
 
 @dataclass(frozen=True)
 class DataOptions:
-    train: str = ""  # folder with index.json, from `python -m shards build`
+    train: str | tuple[str, ...] = ""  # folder from `python -m shards build`, or its https://, s3://, ...; a,b: both
     splits: tuple[str, ...] = ("train", "")  # "": rows without a split
     workers: int = 4  # loader processes per GPU
     probe: str = ""  # folder of the held-out index for the in-loop probe; "": the train/val splits of data.train
+    cache: str = ""  # folder for what comes from an address; "": HYBRIDSSL_CACHE, else ~/.cache/hybridssl/shards
+    cache_size: str = ""  # it grows no further, so at least two stream.window; "": HYBRIDSSL_CACHE_SIZE, else 50GB
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """The folders and addresses in `train`."""
+        names = self.train.split(",") if isinstance(self.train, str) else self.train
+        return tuple(name.strip() for name in names if name.strip())
+
+    def open(self, root: str = "") -> Index:
+        """The training set, or the index at `root`. Raises DataError."""
+        remote = any(ADDRESS.match(name) for name in (root, *self.sets))
+        if remote and (self.cache or self.cache_size):
+            from shards.cache import Cache
+
+            return open_sets(root or self.sets, Cache(self.cache, self.cache_size))
+        return open_sets(root or self.sets)
 
 
 @dataclass(frozen=True)
@@ -87,7 +106,8 @@ class Recipe:
 
 
 # A resumed run may change these; any other difference would make it another run.
-MAY_CHANGE = ("name", "out", "threads", "profile", "efficiency", "log", "save", "probe", "data.workers", "batch.micro")
+MAY_CHANGE = ("name", "out", "threads", "profile", "efficiency", "log", "save", "probe", "batch.micro")
+MAY_CHANGE += ("data.workers", "data.cache", "data.cache_size")
 
 
 def load(arguments: Sequence[str]) -> Recipe:
@@ -101,7 +121,7 @@ def load(arguments: Sequence[str]) -> Recipe:
     else:
         name, layer = find(chosen).stem, read_yaml(find(chosen))
     recipe = resolve(Recipe, [{"name": name}, layer, overrides])
-    if not recipe.data.train:
+    if not recipe.data.sets:
         raise UserError("no data: say data.train=FOLDER (a folder with index.json, from `python -m shards build`)")
     if not recipe.out:
         raise UserError(f"no place for the run: say out=runs/{recipe.name}")

@@ -197,7 +197,7 @@ class Record:
         }
         images = step * recipe.batch.size
         data = {
-            "index": recipe.data.train,
+            "index": recipe.data.sets[0] if len(recipe.data.sets) == 1 else list(recipe.data.sets),
             "index_sha256": index.sha256,
             "splits": list(recipe.data.splits),
             "samples": len(self.selected),

@@ -22,6 +22,7 @@ from hybridssl.recipe import read_yaml, resolve
 from pretrain import report_images
 from pretrain.meters import flops
 from pretrain.pictures import Lens
+from pretrain.recipe import DataOptions
 from shards.errors import DataError
 from shards.index import Index
 
@@ -151,7 +152,7 @@ def collect(path: Path, data: Path | str | None) -> Material:
         untrained = build(resolve(BackboneOptions, [about["options"]]), about["channels"], about["image_size"])
         fresh = replace(lens, backbone=untrained.eval().to(device))
         options = recipe.get("data") or {}
-        index = Index.open(data or options.get("probe") or options.get("train") or "")
+        index = resolve(DataOptions, [options]).open(str(data or options.get("probe") or ""))
     except (UserError, DataError) as error:
         missing = str(error)
     return Material(path, recipe, read_metrics(path / "metrics.jsonl"), state, lens, fresh, index, missing)

@@ -108,24 +108,27 @@ def write(document: dict[str, Any], path: Path) -> None:
 def excluded(path: str | Path, index: Index) -> Array:
     """int64 numbers of the samples of `index` that an audit.json says to leave out: redundant copies and leaks.
 
-    DataError when the file is no audit, or was made of another index than this one: its keys might name other images.
+    Of a mix, those of the set that was audited. DataError when the file is no audit, or was made of another index than
+    this one: its keys might name other images.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
         if document["format"] != FORMAT or document["version"] > VERSION:
             raise ValueError("its format is another, or newer than this program")
         made_of, keys = document["index"], {*document["drop"], *document["leaks"]}
-        same = made_of["sha256"] == index.sha256
+        sets = {member.sha256: (member, first) for member, first in zip(index.members, index.bounds, strict=False)}
+        same = sets.get(made_of["sha256"])
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): make it with `python -m shards audit`") from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no audit.json ({error}): make it with `python -m shards audit`") from None
     if not same:
         raise DataError(
-            f"{path} was made of another index ({made_of['name']}, {made_of['samples']:,} samples) than {index.root} "
-            f"is now: run `python -m shards audit {index.root} --out {Path(path).parent}` again"
+            f"{path} was made of another index ({made_of['name']}, {made_of['samples']:,} samples) than {index} "
+            f"is now: run `python -m shards audit DIR --out {Path(path).parent}` again"
         )
-    return np.array([i for i in range(len(index)) if index.key(i) in keys], dtype=np.int64)
+    member, first = same
+    return np.array([first + i for i in range(len(member)) if member.key(i) in keys], dtype=np.int64)
 
 
 def _is_audit(path: Path) -> bool:

@@ -7,7 +7,7 @@ Nothing here needs torch: `SampleDataset` is a map-style dataset over positions 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,19 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shards.errors import DataError
+from shards.errors import DataError, FetchError
 from shards.format import Sample, decode
 from shards.index import Index
+from shards.order import Epochs, Rounds, Shares
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset, Sampler
 else:  # torch finds both by their methods; importing it would cost every door two seconds
     Dataset = Sampler = object
 
-# A sample's crops are drawn from (seed, epoch, number). These offsets keep the epochs of labelled slots, and of
-# stand-ins for damaged samples, apart from those of the plain order, so no batch shows the same crops twice.
-LABELLED_EPOCH = 1 << 20
-STAND_IN_EPOCH = 1 << 40
+STAND_IN_EPOCH = 1 << 40  # keeps the crops of a stand-in for a damaged sample apart from those of its own turn
 MAX_STAND_INS = 32
 
 Transform = Callable[[Sample, np.ndarray, int, int, int], Any]  # sample, image, position, epoch, sample number
@@ -38,156 +36,113 @@ class StreamOptions:
     """How samples are drawn."""
 
     window: int = 8  # shards whose samples are mixed; more mixes better and touches more files at a time
+    weights: tuple[float, ...] = ()  # of several sets, in the order of data.train; (): by their sizes
+    temperature: float = 1.0  # without weights: sizes ** (1 / temperature). 1: as they come; 100: all sets alike
     labelled_fraction: float = 0.0  # share of every batch drawn from labelled samples, class-balanced; 0: as they come
     max_bad_fraction: float = 0.01  # share of damaged samples at which a run stops
-    exclude: str = ""  # audit.json of the set (`python -m shards audit`): its redundant copies and leaks stay out
+    exclude: str = ""  # audit.json (`python -m shards audit`): redundant copies and leaks stay out; of sets: a,b
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise DataError(f"window is {self.window}; it counts shards and must be 1 or more")
+        if not all(0 < weight < float("inf") for weight in self.weights):
+            raise DataError(f"weights are {list(self.weights)}; each must be above 0 (leave a set out of data.train)")
+        if not 1 <= self.temperature < float("inf"):
+            raise DataError(f"temperature is {self.temperature}; it must be 1 or more")
         for name in ("labelled_fraction", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise DataError(f"{name} is {getattr(self, name)}; it is a share and must lie in 0..1")
 
-
-def permutation(n: int, *seed: int) -> np.ndarray:
-    """A permutation of range(n) from integers, the same in every version of numpy: raw words are."""
-    words = np.random.Philox(np.random.SeedSequence(seed)).random_raw(n)
-    return np.argsort(words, kind="stable")
+    def shares(self, sizes: Sequence[int]) -> list[Fraction]:
+        """The share of each set in the stream; they sum to 1. DataError when there are other weights than sets."""
+        if self.weights and len(self.weights) != len(sizes):
+            raise DataError(f"stream.weights has {len(self.weights)} numbers for {len(sizes)} sets: give one a set")
+        if self.weights:
+            parts = [Fraction(weight).limit_denominator(1_000_000) or Fraction(weight) for weight in self.weights]
+        elif self.temperature == 1:
+            parts = [Fraction(size) for size in sizes]
+        else:  # whole numbers, so that the last bit of a power cannot change an order
+            parts = [Fraction(round(1000 * size ** (1 / self.temperature))) for size in sizes]
+        return [part / sum(parts) for part in parts]
 
 
 class Order:
     """`order(position)` -> (epoch, sample number), a pure function of index, selection, options and seed.
 
-    The plain order shuffles the shards each epoch, then the samples inside every `window` shards. With
-    `labelled_fraction` f, position p is a labelled slot iff floor((p + 1) f) > floor(p f), so every aligned block of n
-    positions has exactly n f of them; the labelled slots walk shuffled rounds over the classes, and each class its
-    own shuffled epochs. A sample of several labels counts for its first. The other slots run the plain order.
+    The plain order shuffles the shards each epoch, then the samples inside every `window` shards. Of a `Mix`, every set
+    runs its own epochs, in the order that it has alone, and takes its share of the places. `labelled_fraction` of all
+    places are labelled slots, which walk shuffled rounds over the classes of all sets, and each class its own shuffled
+    epochs; a sample of several labels counts for its first. Every aligned block of positions has its exact share of
+    labelled slots and of each set, where that is a whole number (`Shares`).
     """
 
     def __init__(self, index: Index, selected: np.ndarray, options: StreamOptions, seed: int = 0):
         if seed < 0:
             raise DataError(f"seed is {seed}; it must be 0 or more")
-        self.options, self.seed = options, seed
-        self.selected = np.unique(np.asarray(selected, dtype=np.int64))  # sorted, so also in shard order
-        if not len(self.selected):
-            raise DataError(f"no sample of {index.root} is selected, so there is nothing to stream")
-        if self.selected[0] < 0 or self.selected[-1] >= len(index):
-            raise DataError(f"selected samples reach {self.selected[-1]:,} where {index.root} has {len(index):,}")
-        bounds = np.searchsorted(self.selected, index.starts)
-        full = np.flatnonzero(np.diff(bounds))
-        self._spans = np.stack([bounds[full], bounds[full + 1]], axis=1)  # [shards, 2] into `selected`
-        share = Fraction(options.labelled_fraction).limit_denominator(1_000_000)
-        self._up, self._down = share.numerator, share.denominator
-        self._classes = self._by_class(index) if self._up else []
-        self._forget()
-
-    def _by_class(self, index: Index) -> list[np.ndarray]:
-        labels = np.asarray(index.column("label")[self.selected])
-        order = np.argsort(labels, kind="stable")
-        _, first = np.unique(labels[order], return_index=True)
-        groups = np.split(self.selected[order], first[1:])
-        if labels[order[0]] < 0:
-            groups = groups[1:]
-        if not groups:
+        selected = np.asarray(selected)
+        if not (selected[1:] > selected[:-1]).all():
+            selected = np.unique(selected)  # sorted, so also in the order of shards
+        if not len(selected):
+            raise DataError(f"no sample of {index} is selected, so there is nothing to stream")
+        if selected[0] < 0 or selected[-1] >= len(index):
+            raise DataError(f"selected samples reach {selected[-1]:,} where {index} has {len(index):,}")
+        if len(index) < 1 << 31:
+            selected = selected.astype(np.int32)  # half the memory of ten million
+        parts = np.split(selected, np.searchsorted(selected, np.array(index.bounds[1:-1], selected.dtype)))
+        empty = [i for i, part in enumerate(parts) if not len(part)]
+        if empty:
+            raise DataError(f"no sample of {index.members[empty[0]]} is selected: leave that set out")
+        labelled = Fraction(options.labelled_fraction).limit_denominator(1_000_000)
+        shares = options.shares([len(part) for part in parts])
+        self._shares = Shares([labelled, *((1 - labelled) * share for share in shares)])
+        self._plain = [Epochs(part, index.starts, options.window, seed) for part in parts]
+        to_balance = selected if labelled else selected[:0]
+        self._rounds = Rounds(to_balance, np.asarray(index.column("label")[to_balance]), seed)
+        if labelled and not self._rounds.classes:
             raise DataError(
-                f"labelled_fraction is {self.options.labelled_fraction}, but no selected sample of {index.root} "
-                "has a label: set it to 0, or give the table a label column"
+                f"labelled_fraction is {options.labelled_fraction}, but no selected sample of {index} has a label: "
+                "set it to 0, or give the table a label column"
             )
-        return groups
 
     def __len__(self) -> int:
-        """Samples an epoch of the plain order."""
-        return len(self.selected)
+        """Samples an epoch of the plain order, of all sets together."""
+        return sum(len(part) for part in self._plain)
 
     def __call__(self, position: int) -> tuple[int, int]:
         if position < 0:
             raise IndexError(f"position {position} is negative")
-        labelled = self.labelled_before(position)
-        if self.labelled_before(position + 1) > labelled:
-            return self._labelled(labelled)
-        return self._plain(position - labelled)
+        which, place = self._shares(position)
+        return self._plain[which - 1](place) if which else self._rounds(place)
 
-    def labelled_before(self, position: int) -> int:
-        """How many of the first `position` positions are labelled slots."""
-        return position * self._up // self._down
-
-    def epochs(self, position: int) -> float:
-        """How often the plain order has gone through the selection before `position`."""
-        return (position - self.labelled_before(position)) / len(self)
-
-    def _plain(self, place: int) -> tuple[int, int]:
-        epoch, place = divmod(place, len(self))
-        shards, ends = self._epoch(epoch)
-        window = int(np.searchsorted(ends, place, side="right"))
-        start = int(ends[window - 1]) if window else 0
-        return epoch, int(self._window(epoch, window, shards)[place - start])
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of an epoch in their order, and where each window ends."""
-        if epoch not in self._epochs:
-            if len(self._epochs) >= 2:
-                self._epochs.clear()
-            shards = permutation(len(self._spans), self.seed, 0, epoch)
-            counts = np.diff(self._spans[shards], axis=1)[:, 0]
-            ends = np.cumsum(np.add.reduceat(counts, np.arange(0, len(counts), self.options.window)))
-            self._epochs[epoch] = shards, ends
-        return self._epochs[epoch]
-
-    def _window(self, epoch: int, window: int, shards: np.ndarray) -> np.ndarray:
-        """The samples of one window, shuffled."""
-        if (epoch, window) not in self._windows:
-            if len(self._windows) >= 4:
-                self._windows.clear()
-            mine = shards[window * self.options.window : (window + 1) * self.options.window]
-            numbers = np.concatenate([self.selected[a:b] for a, b in self._spans[mine]])
-            self._windows[epoch, window] = numbers[permutation(len(numbers), self.seed, 1, epoch, window)]
-        return self._windows[epoch, window]
-
-    def _labelled(self, slot: int) -> tuple[int, int]:
-        """Slot j of the labelled ones: its class by rounds over the classes, its sample by epochs of that class."""
-        count, (seen, place) = len(self._classes), divmod(slot, len(self._classes))
-        if self._round[0] != seen:
-            self._round = seen, permutation(count, self.seed, 2, seen)
-        kind = int(self._round[1][place])
-        numbers = self._classes[kind]
-        epoch, step = divmod(seen, len(numbers))
-        if kind not in self._class_epochs or self._class_epochs[kind][0] != epoch:
-            self._class_epochs[kind] = epoch, numbers[permutation(len(numbers), self.seed, 3, kind, epoch)]
-        return LABELLED_EPOCH + epoch, int(self._class_epochs[kind][1][step])
-
-    def _forget(self) -> None:
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._windows: dict[tuple[int, int], np.ndarray] = {}
-        self._class_epochs: dict[int, tuple[int, np.ndarray]] = {}
-        self._round: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_epochs", "_windows", "_class_epochs", "_round")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget()
+    def shards(self, position: int) -> list[int]:
+        """The shards to have at hand around a position, the most urgent first; none for a labelled slot."""
+        which, place = self._shares(position)
+        return self._plain[which - 1].shards(place) if which else []
 
 
 class SampleDataset(Dataset):
     """`dataset[position]` -> (transform(sample, image, position, epoch, number), bad).
 
     `image` is uint8 [H, W, C], a JPEG decoded to a short side of at least `at_least` (0: full). A sample that cannot
-    be read is replaced by that of the following position, under an epoch of its own; `bad` names what was left out, as
-    dicts of `key`, `shard` and `reason`. DataError after 32 in a row.
+    be read is replaced by that of the following position, under an epoch of its own, which no other process needs to
+    know; `bad` names what was left out, as dicts of `key`, `shard` and `reason`. DataError after 32 in a row, or when
+    the data cannot be fetched.
     """
 
     def __init__(self, index: Index, order: Order, transform: Transform, at_least: int = 0):
         self.index, self.order, self.transform, self.at_least = index, order, transform, at_least
 
     def __getitem__(self, position: int) -> tuple[Any, list[dict[str, str]]]:
+        if self.index.remote:
+            self.index.ahead(self.order.shards(position))
         bad: list[dict[str, str]] = []
         for attempt in range(MAX_STAND_INS):
             epoch, number = self.order(position + attempt)
             try:
                 sample = self.index.read(number)
                 image = decode(sample.image, self.at_least, self.index.channels)
+            except FetchError:
+                raise  # the sample may be fine
             except DataError as error:
                 shard = self.index.shard_of(number)[0]
                 bad.append({"key": self.index.key(number), "shard": shard, "reason": str(error)})
@@ -197,7 +152,7 @@ class SampleDataset(Dataset):
         last = bad[-1]
         raise DataError(
             f"{MAX_STAND_INS} samples in a row cannot be read, the last {last['key']} in {last['shard']}: "
-            f"{last['reason']}. Check the folder with `python -m shards stats {self.index.root} --verify`"
+            f"{last['reason']}. Check each set with `python -m shards stats DIR --verify`"
         )
 
 
