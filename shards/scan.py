@@ -108,8 +108,9 @@ def samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, {extension: (offset, size)}) of each sample in a tar, keys as WebDataset makes them."""
     current, members, end = None, {}, 0
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="strict") as tar:
             for info in tar:
+                _check_extent(path, info)
                 end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.isdir():
                     _check_name(path, info.name)
@@ -124,10 +125,18 @@ def samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
                 members[extension] = info.offset_data, info.size
                 tar.members = []  # type: ignore[attr-defined]  # tarfile remembers every member it has seen
         _check_end(path, end)
-    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
+    except (tarfile.TarError, EOFError, ValueError) as error:  # ValueError: numbers and names that are none
         raise DataError(f"{path} is no readable plain tar, or is cut off ({error}): copy it again") from None
     if current is not None:
         yield current, members
+
+
+def _check_extent(path: Path, info: tarfile.TarInfo) -> None:
+    end, whole = info.offset_data + info.size, path.stat().st_size
+    if not 0 <= info.offset_data <= end <= whole:
+        raise DataError(
+            f"{path}: member {info.name!r} reaches byte {end:,} of {whole:,}: damaged or cut off, copy the tar again"
+        )
 
 
 def _check_end(path: Path, end: int) -> None:
