@@ -14,13 +14,13 @@ they are installed: `pip install lightly-train` brings one. Results: benchmarks/
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,9 +175,15 @@ def peak(name: str, tokens: int, prototypes: int, device: torch.device) -> float
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
     make_heads(name, 64, 128, device)()  # what libraries allot for themselves, once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    return high_water() - before
+
+
+def high_water() -> float:
+    """GiB: the most that this process ever held. (ru_maxrss would start from what the parent held.)"""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
 
 
 def clock(device: torch.device) -> float:

@@ -109,8 +109,11 @@ class _CrossEntropy(torch.autograd.Function):
             loss -= torch.linalg.vecdot(wanted, log_p) @ scale[:, 0]
             gap = log_p.exp_().sub_(wanted)  # the gradient of CE with respect to the scores
             grad_z[:, rows] = (product(gap, weight, low) * (scale / temperature)).unflatten(0, (len(z), -1))
-            moved = product(gap.T, mine * scale, low)
-            grad_weight = moved if grad_weight is None else grad_weight.add_(moved)
+            if low is None and grad_weight is not None:
+                grad_weight.addmm_(gap.T, mine * scale)  # without another tensor of the prototypes' size
+            else:
+                moved = product(gap.T, mine * scale, low)
+                grad_weight = moved if grad_weight is None else grad_weight.add_(moved)
         ctx.save_for_backward(grad_z, torch.zeros_like(weight) if grad_weight is None else grad_weight)
         return loss
 
