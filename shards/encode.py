@@ -32,7 +32,7 @@ def encode(frame: Frame, quality: int) -> bytes:
     """`quality` 0: without loss. JPEG and PNG hold 8 bits of grey or RGB, PNG 16 bits of grey, and TIFF the rest.
 
     A TIFF has a page a channel, so that any viewer of stacks opens it; uncompressed, for deflate saves a quarter of a
-    noisy stack and makes reading it four times as slow.
+    noisy stack and makes reading it four times as slow. PNG at level 3: for 16 bits both smaller and faster than 6.
     """
     pixels, planes = np.ascontiguousarray(frame.pixels), frame.pixels.shape[2]
     wide = pixels.dtype == np.uint16
@@ -44,7 +44,7 @@ def encode(frame: Frame, quality: int) -> bytes:
         info = PngImagePlugin.PngInfo()
         if wide and frame.full:
             info.add(b"sBIT", bytes([16]))  # so that a reader takes the values for scaled, however small they are
-        Image.fromarray(pixels[..., 0] if planes == 1 else pixels).save(buffer, "PNG", pnginfo=info)
+        Image.fromarray(pixels[..., 0] if planes == 1 else pixels).save(buffer, "PNG", pnginfo=info, compress_level=3)
     else:
         pages = [Image.fromarray(np.ascontiguousarray(pixels[..., i])) for i in range(planes)]
         tags: dict[str, Any] = {"tiffinfo": _FULL_RANGE} if wide and frame.full else {}

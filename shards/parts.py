@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,14 +18,12 @@ from shards import scan
 from shards.errors import DataError
 from shards.index import Index
 from shards.options import BuildOptions
-from shards.pack import Result, pack
 from shards.place import partial_of
 from shards.plan import Plan
-from shards.table import Row
 from shards.tars import write_tar
+from shards.workers import Task, Work, write_shards
 
-_BATCH = 4  # files a task: few, for some are large
-_FEW = 64  # files for which another process is not worth its start
+_FEW = 500  # files for which another process is not worth its start
 _KEEP = {"test": 0, "val": 1, "train": 2}  # of images with the same pixels, the first of these
 Progress = Callable[[int, int], None]
 
@@ -50,41 +44,14 @@ def write_part(folder: Path, plan: Plan, options: BuildOptions, drop: frozenset[
             path.unlink()
     mine = plan.part(*options.part)
     todo = [number for number in mine if not _is_done(folder, number, plan)]
-    done, total = sum(len(plan.shards[n]) for n in set(mine) - set(todo)), sum(len(plan.shards[n]) for n in mine)
-    progress(done, total)
-    results = packed([row for number in todo for row in plan.shards[number]], options, drop)
-    for number in todo:
-        batch: list[Result] = []
-        for _ in plan.shards[number]:
-            batch.append(next(results))
-            done += 1
-            progress(done, total)
-        note = {"plan": plan.digest, "of": len(plan.shards), "state": plan.states[number], "parts": options.part[1]}
-        _write_shard(folder / _tar(number), batch, note | {"channels": options.channels})
-
-
-def packed(rows: list[Row], options: BuildOptions, drop: frozenset[str] = frozenset()) -> Iterator[Result]:
-    """`pack` of every row, in order, by several processes; only so many results wait as keep them busy."""
-    workers = min(options.workers or os.cpu_count() or 1, len(rows) // _FEW + 1)
-    if workers == 1:
-        yield from (pack(row, options, drop) for row in rows)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (options, drop))
-    try:
-        waiting: deque[Future[list[Result]]] = deque()
-        for at in range(0, len(rows), _BATCH):
-            waiting.append(pool.submit(_pack_batch, rows[at : at + _BATCH]))
-            if len(waiting) > 4 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a process that read images was killed, as happens when memory runs out: give the same command again with "
-            "fewer --workers; it goes on where it was"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    total, left = (sum(len(plan.shards[number]) for number in numbers) for numbers in (mine, todo))
+    progress(total - left, total)
+    note = {"plan": plan.digest, "of": len(plan.shards), "parts": options.part[1], "channels": options.channels}
+    tasks = [Task(folder / _tar(n), plan.shards[n], note | {"state": plan.states[n]}) for n in todo]
+    workers = options.workers or os.cpu_count() or 1
+    processes = max(1, min(workers, len(tasks), left // _FEW))
+    work = Work(options, drop, threads=-(-workers // processes))
+    write_shards(tasks, work, processes, lambda done: progress(total - left + done, total))
 
 
 def join(out: Path, progress: Progress) -> Joined:
@@ -127,35 +94,6 @@ def _kept(
     if not tally["samples"]:
         why = f"the first, {first['path']}: {first['reason']}" if first else "the audit drops them all"
         raise DataError(f"none of {tally.total():,} images can be read; {why}")
-
-
-def _begin_worker(options: BuildOptions, drop: frozenset[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    global _given
-    _given = options, drop
-
-
-def _pack_batch(rows: list[Row]) -> list[Result]:
-    return [pack(row, *_given) for row in rows]
-
-
-_given: tuple[BuildOptions, frozenset[str]] = BuildOptions(), frozenset()  # of this worker
-
-
-def _write_shard(path: Path, results: list[Result], note: dict[str, Any]) -> None:
-    """The tar, and then its note; each is whole or not there."""
-    samples = [sample for result in results for sample in result.samples]
-    new = path.with_name(path.name + ".new")
-    write_tar(new, ({"__key__": sample.key, **sample.members} for sample in samples))
-    os.replace(new, path)
-    about, records = scan.shard(path)
-    for record, sample in zip(records, samples, strict=True):
-        record["pixels"] = sample.pixels
-    bad, dropped = [entry for result in results for entry in result.bad], sum(result.dropped for result in results)
-    note |= {"about": about, "records": records, "bad": bad, "dropped": dropped}
-    new = path.with_suffix(".json.new")
-    new.write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
-    os.replace(new, path.with_suffix(".json"))
 
 
 def _is_done(folder: Path, number: int, plan: Plan) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shards import parts
+from shards import parts, workers
 from shards.__main__ import main
 from shards.build import build, build_part, join
 from shards.errors import DataError
@@ -65,17 +65,17 @@ def test_parts_in_any_order_are_one_build(mixed: Path, whole: dict[str, str], tm
 def test_an_interrupted_build_goes_on_where_it_was(
     mixed: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
-    out, options, real = tmp_path / "out", replace(SEVEN, drop_duplicates="exact"), parts._write_shard
+    out, options, real = tmp_path / "out", replace(SEVEN, drop_duplicates="exact"), workers.write_shard
     written: list[str] = []
 
-    def write(path: Path, results: list, note: dict) -> None:
+    def write(task: workers.Task, work: workers.Work, tick: workers.Tick) -> None:
         if len(written) == stop_at:
-            path.with_name(path.name + ".new").write_bytes(b"half a ta")
+            task.path.with_name(task.path.name + ".new").write_bytes(b"half a ta")
             raise KeyboardInterrupt
-        real(path, results, note)
-        written.append(path.name)
+        real(task, work, tick)
+        written.append(task.path.name)
 
-    monkeypatch.setattr(parts, "_write_shard", write)
+    monkeypatch.setattr(workers, "write_shard", write)
     with pytest.raises(KeyboardInterrupt):
         build(mixed, out, options=options)
     assert not out.exists()
@@ -113,12 +113,34 @@ def test_parts_of_different_builds_are_not_joined(mixed: Path, tmp_path: Path) -
     assert not partial_of(tmp_path / "elsewhere").exists()
 
 
-def test_processes_do_not_change_a_byte(
+@pytest.mark.parametrize("few", [4, 500], ids=["processes", "threads"])
+def test_processes_and_threads_do_not_change_a_byte(
+    mixed: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    monkeypatch.setattr(parts, "_FEW", few)
+    seen: list[tuple[int, int]] = []
+    options = replace(SEVEN, drop_duplicates="exact", workers=2)
+    build(mixed, tmp_path / "two", options=options, progress=lambda done, total: seen.append((done, total)))
+    assert digests(tmp_path / "two") == whole
+    assert seen[0] == (0, 21)
+    assert seen[-1] == (21, 21)
+
+
+def test_a_dead_process_ends_the_build_with_advice(
     mixed: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "_FEW", 4)
-    build(mixed, tmp_path / "two", options=replace(SEVEN, drop_duplicates="exact", workers=2))
-    assert digests(tmp_path / "two") == whole
+    options = replace(SEVEN, drop_duplicates="exact", workers=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "_begin", _die)
+        with pytest.raises(DataError, match="it goes on where it was"):
+            build(mixed, tmp_path / "out", options=options)
+    build(mixed, tmp_path / "out", options=replace(options, workers=1))
+    assert digests(tmp_path / "out") == whole
+
+
+def _die(*_: object) -> None:
+    os._exit(9)
 
 
 def test_the_same_pixels_are_kept_once(mixed: Path, whole: dict[str, str], tmp_path: Path) -> None:
