@@ -20,8 +20,8 @@ from hybridssl.recipe import to_dict, to_yaml
 from hybridssl.student import Student
 from hybridssl.text import beside, class_embeddings
 from hybridssl.types import Batch
-from pretrain.data import selected
 from pretrain import meters
+from pretrain.data import selected
 from pretrain.profiling import NEEDED, Profiler
 from pretrain.recipe import Recipe
 from shards.index import Index
