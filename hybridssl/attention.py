@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, fused: bool, dropout
         return _block_diagonal(q, k, v, layout, dropout)
     sizes = [samples * length for samples, length in layout]
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), layout, strict=True)
-    return torch.cat([_one_length(*qkv, shape, fused, dropout) for *qkv, shape in parts])
+    return torch.cat([_one_length(a, b, c, shape, fused, dropout) for a, b, c, shape in parts])
 
 
 def _one_length(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], fused: bool, dropout: float) -> Tensor:
@@ -54,7 +55,6 @@ def _mask(layout: Layout, device: torch.device) -> Any:
 def _xformers() -> Any:
     """xformers.ops, or None where it is not installed."""
     try:
-        import xformers.ops
+        return importlib.import_module("xformers.ops")
     except ImportError:
         return None
-    return xformers.ops

@@ -95,7 +95,9 @@ def run(model: Any, groups: Sequence[Embedded]) -> list[Tensor]:
     recompute = model.grad_checkpointing and torch.is_grad_enabled()
     for i, block in enumerate(model.blocks):
         # Drawn out here: so a block that runs twice (checkpointing) draws once, and a compiled one draws nothing.
-        given = {"draws": tuple(draw(layout, rate(drop), x) for drop in (block.drop_path1, block.drop_path2))}
+        given: dict[str, Any] = {
+            "draws": tuple(draw(layout, rate(drop), x) for drop in (block.drop_path1, block.drop_path2))
+        }
         if isinstance(model, Eva):  # "mixed" positions differ from block to block
             given["rope"] = [p[i] if model.rope_mixed and p is not None else p for _, p in groups]
         x = checkpoint(block, x, use_reentrant=False, **given) if recompute else block(x, **given)

@@ -187,6 +187,7 @@ def with_precision(recipe: Recipe, state: Mapping[str, Any] | None) -> Recipe:
     if chosen == "auto":
         # This starts the group of processes, as Accelerator would: all of them must choose alike.
         device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+        assert device is not None  # from here on
         chosen = "bf16" if dist.all_agree(precision.faster_in_bf16(device)) else "no"
     return replace(recipe, precision=chosen)
 
