@@ -185,27 +185,30 @@ class Positions(Sampler):
 
 
 class Quarantine:
-    """Writes what could not be read to `quarantine.jsonl`, once each, and stops a run when it is too much."""
+    """Writes what could not be read to `quarantine.jsonl`, once each, and stops a run when it is too much.
+
+    The processes of a run share the file, and so count together.
+    """
 
     def __init__(self, path: str | Path, options: StreamOptions, samples: int):
         """`samples`: how many an epoch has, `len(order)`."""
         self.path, self.limit, self.samples = Path(path), options.max_bad_fraction, samples
-        self.known: set[str] = set()
-        if self.path.is_file():  # a resumed run goes on where it was
-            lines = self.path.read_text(encoding="utf-8").splitlines()
-            self.known = {line for line in lines if line}
+        self.known = self._written()  # a resumed run goes on where it was
 
     def add(self, bad: list[dict[str, str]], seen: int) -> None:
         """`bad` as the dataset reports it, `seen`: images read so far. DataError above `max_bad_fraction`."""
         lines = [json.dumps(entry, ensure_ascii=False) for entry in bad]
         new = [line for line in dict.fromkeys(lines) if line not in self.known]
         if new:
-            self.known.update(new)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(line + "\n" for line in new))
+            self.known = self._written()
         allowed = max(1.0, self.limit * min(self.samples, max(seen, 1000)))  # one alone never stops a run
         if len(self.known) > allowed:
             raise DataError(
                 f"{len(self.known):,} damaged samples after {seen:,} images are more than max_bad_fraction "
                 f"({self.limit}) allows: see {self.path}, mend or remove them, and build or index the folder again"
             )
+
+    def _written(self) -> set[str]:
+        return set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.is_file() else set()

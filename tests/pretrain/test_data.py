@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from hybridssl.types import Batch
 from pretrain import data
+from pretrain.loop import main
 from pretrain.recipe import load
 from shards.errors import DataError
 from shards.index import Index
@@ -68,8 +70,6 @@ def test_only_labelled_images_carry_a_clean_view(tiny: list[str]) -> None:
 
 
 def test_an_unreadable_image_is_replaced_and_named(tiny: list[str], index: Path, tmp_path: Path) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(index, broken)
     opened = Index.open(broken)
@@ -107,3 +107,19 @@ def test_what_an_audit_names_is_not_read(tiny: list[str], tmp_path: Path) -> Non
     path.write_text(json.dumps(document | {"leaks": [index.key(i) for i in range(len(index))]}))
     with pytest.raises(DataError, match="leaves no sample"):
         data.selected(recipe, index)
+
+
+def test_a_run_on_a_damaged_set_stops_and_says_so(tiny: list[str], index: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(index, tmp_path / "broken")
+    opened = Index.open(tmp_path / "broken")
+    for victim in opened.select()[::3]:
+        offset, size = opened.column("image")[victim]
+        with open(tmp_path / "broken" / opened.shard_of(victim)[0], "r+b") as file:
+            file.seek(int(offset))
+            file.write(b"\0" * int(size))
+    kept = [a for a in tiny if not a.startswith("data.train")]
+    assert main([*kept, f"data.train={tmp_path / 'broken'}", f"out={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert "damaged samples after" in said
+    assert "max_bad_fraction" in said
+    assert len((tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()) > 1

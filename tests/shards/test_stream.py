@@ -278,3 +278,12 @@ def test_quarantine_writes_once_and_stops_in_time(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"11 damaged samples after 900 images"):
         quarantine.add(bad[:11], 900)
     quarantine.add(bad, 2000)
+
+
+def test_the_processes_of_a_run_count_what_is_damaged_together(tmp_path: Path) -> None:
+    bad = [{"key": f"k{i}", "shard": "s.tar", "reason": "damaged"} for i in range(11)]
+    one, two = (Quarantine(tmp_path / "q.jsonl", StreamOptions(max_bad_fraction=0.01), samples=1000) for _ in range(2))
+    one.add(bad[:6], 500)
+    two.add(bad[5:10], 500)
+    with pytest.raises(DataError, match=r"11 damaged samples"):
+        one.add(bad[10:], 500)
