@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from hybridssl.heads import fp32
 
 # Scores that exist at once. Small enough for a CPU's cache to be of use, large enough for a GPU to be busy.
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 
 def chunk(device: torch.device) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hybridssl import backbone as backbones
+from hybridssl import fused
 from hybridssl.backbone import BackboneOptions
 
 GIB = 2**30
@@ -94,22 +95,24 @@ def image_bytes(step: Step) -> float:
     for tokens, views in step.views():
         attention = 0 if step.fused else net.heads * tokens * step.item
         total += views * tokens * net.depth * (net.width * (4 * NORMS + step.item * OTHERS) + attention)
-    # Heads: two hidden layers, each before and after GELU, in the precision of activations; in float32 the target, the
-    # log-softmax of the scores and, while the loss is computed, the scores.
-    heads = step.rows() * (4 * step.hidden * step.item + 3 * 4 * step.prototypes)
+    # Heads: two hidden layers, each before and after GELU, in the precision of activations; in float32 the bottleneck,
+    # its unit vector and that one's gradient. No scores: they come and go in chunks (hybridssl/fused.py).
+    heads = step.rows() * (4 * step.hidden * step.item + 3 * 4 * step.bottleneck)
     return total + heads
 
 
 def held_bytes(step: Step, channels: int = 3) -> float:
     """What is held for one image of the effective batch, however it is parted: pixels and the teacher's targets."""
     pixels = sum(n * side**2 for n, side in ((2 + step.clean, step.global_size), (step.local_count, step.local_size)))
-    # Targets in float32, and two copies while Sinkhorn balances them.
-    return 5 * channels * pixels + 3 * 4 * step.prototypes * (2 + step.hidden_patches())
+    # Of the teacher's targets, their unit vectors.
+    return 5 * channels * pixels + 4 * step.bottleneck * (2 + step.hidden_patches())
 
 
 def fixed_bytes(step: Step) -> float:
     """What the model holds whatever the batch is."""
-    return CONTEXT + PER_PARAMETER * (step.network.parameters + 2 * _head_parameters(step))
+    scores = 4 * 4 * fused.CHUNK["cuda"]  # target, logits, log-softmax, and one on its way
+    unit = 3 * 4 * 2 * step.bottleneck * step.prototypes  # both heads' unit prototypes, the teacher's, their gradient
+    return CONTEXT + scores + unit + PER_PARAMETER * (step.network.parameters + 2 * _head_parameters(step))
 
 
 def step_bytes(step: Step, micro: int, held: int, channels: int = 3) -> float:
