@@ -55,6 +55,7 @@ def collate(samples: list[tuple[Item, list[dict]]]) -> Batch:
 def micro_batch(recipe: Recipe, world: int) -> int:
     """Images a forward pass of one process. Raises ValueError when the batch cannot be parted evenly."""
     micro = recipe.batch.micro or recipe.batch.size // world
+    assert micro != "auto"  # pretrain/fit.py has put a number there
     if micro < 1 or recipe.batch.size % (micro * world):
         raise ValueError(
             f"batch.size={recipe.batch.size} cannot be parted into micro-batches of {micro} on {world} processes: "

@@ -21,19 +21,16 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import parse_flag_from_env, set_seed
 from torch import Tensor
 
-from hybridssl import backbone as backbones
-from hybridssl import dist, efficiency, lora, optim, precision, run, student, text
+from hybridssl import dist, efficiency, optim, precision, run, student
 from hybridssl.cnn import synchronised
 from hybridssl.errors import UserError
-from hybridssl.objectives import Context
-from hybridssl.objectives import build as build_objectives
 from hybridssl.recipe import differences, to_dict
 from hybridssl.schedule import cosine, ramp
 from hybridssl.student import Student
 from hybridssl.views import render
-from pretrain import data, garbage, record
+from pretrain import data, fit, garbage, record
 from pretrain import recipe as recipes
-from pretrain.columns import columns
+from pretrain.assemble import build_student
 from pretrain.probe import InLoopProbe
 from pretrain.recipe import Recipe
 from pretrain.stop import StopSignal
@@ -80,6 +77,7 @@ def train(recipe: Recipe) -> int:
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
 
     # The model: student, its moving average the teacher, and the optimiser of the student.
+    recipe = fit.with_micro_batch(recipe, index, device, world)
     set_seed(recipe.seed)
     micro = micro_batch(recipe, world)
     learner = build_student(recipe, index, micro, announce=accelerator.is_main_process and state is None).to(device)
@@ -175,9 +173,7 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
             "Give the run another folder with out=..., or repeat the old values to go on with it"
         )
     if state["data"]["index_sha256"] != index.sha256:
-        raise UserError(
-            f"{index} is not what {out} was trained on (its index changed); use another out=..."
-        )
+        raise UserError(f"{index} is not what {out} was trained on (its index changed); use another out=...")
     return state
 
 
@@ -211,53 +207,6 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     # On a CPU plain matmul attention is faster than the fused kernel, whose backward is slow there (docs/log.md).
     timm.layers.set_fused_attn(accelerator.device.type == "cuda")
     return accelerator
-
-
-def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = False) -> Student:
-    """Backbone (fresh or loaded) and objectives of `recipe`, on the CPU."""
-    backbone = backbones.build(recipe.backbone, index.channels, recipe.views.global_size)
-    for key, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
-        if size % backbone.patch_size:
-            raise UserError(f"views.{key}={size} is not a multiple of the backbone's patch size {backbone.patch_size}")
-    if recipe.backbone.weights:
-        coverage = backbones.load_weights(backbone, recipe.backbone)
-        if announce:
-            print(f"{recipe.backbone.weights}: {coverage}")
-    if recipe.backbone.lora:
-        if not recipe.backbone.weights:
-            raise UserError("backbone.lora moves a backbone that has learnt already: name it in backbone.weights")
-        lora.add(backbone.model, recipe.backbone.lora)
-    context = Context(
-        dim=backbone.dim,
-        classes=len(index.classes),
-        named=torch.from_numpy(index.named()),
-        prototypes=class_prototypes(recipe, index, backbone.dim),
-        steps=recipe.steps,
-        batch=recipe.batch.size,
-        micro=micro,
-        names=index.classes,
-        counts=torch.from_numpy(data.label_counts(recipe, index)),
-        columns=columns(recipe, index),
-        patch=backbone.patch_size,
-        patches=(recipe.views.global_size // backbone.patch_size) ** 2,
-        channels=index.channels,
-        encoder=recipe.text.encoder,
-        pooling=recipe.text.pooling,
-    )
-    learner = Student(backbone, build_objectives(recipe.objectives, context))
-    if "visible" in learner.views and not recipe.views.hides_equally(context.patches):
-        raise UserError(backbones.UNEQUAL)
-    return learner
-
-
-def class_prototypes(recipe: Recipe, index: Index, width: int) -> Tensor | None:
-    """What the text encoder knows of the classes, [K, width]; None when no objective starts from text.
-
-    A classes.csv beside the shards describes them unless the recipe names another table.
-    """
-    if not any(getattr(options, "init", "") == "text" for options in recipe.objectives.values()):
-        return None
-    return text.class_prototypes(text.beside(recipe.text, index.root), index.classes, width, recipe.seed)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

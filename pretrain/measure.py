@@ -12,6 +12,7 @@ import torch
 from hybridssl import student
 from hybridssl.views import render
 from pretrain import data, loop
+from pretrain.assemble import build_student
 from pretrain.recipe import Recipe
 from shards.index import Index
 
@@ -33,6 +34,7 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
     """
     cuda = torch.cuda.is_available()
     device, workers = torch.device("cuda" if cuda else "cpu"), max(recipe.data.workers, 1)
+    assert recipe.batch.micro != "auto"  # the doctor proposes a number
     micro = recipe.batch.micro if cuda else min(recipe.batch.micro, FEW)
     recipe = replace(
         recipe,
@@ -41,7 +43,7 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
         batch=replace(recipe.batch, size=micro, micro=micro),
     )
     timm.layers.set_fused_attn(cuda)  # as the loop does
-    learner = loop.build_student(recipe, index, micro).to(device)
+    learner = build_student(recipe, index, micro).to(device)
     teacher = student.make_teacher(learner)
     batches = iter(data.loader(recipe, index, "clean" in learner.views, learner.backbone.patch_size, 0, 0, 1))
     loading = _seconds(lambda: next(batches)) / micro

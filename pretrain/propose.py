@@ -211,4 +211,5 @@ def parts(draft: Draft) -> tuple[str, ...]:
 
 
 def _micro(plan: Proposal, draft: Draft) -> int:
-    return drafts.given(plan.fixed, "batch.micro", 0) or rules.micro_batch(draft.share, draft.fits)
+    given = drafts.given(plan.fixed, "batch.micro", 0)
+    return given if given and given != "auto" else rules.micro_batch(draft.share, draft.fits)

@@ -52,7 +52,9 @@ class DataOptions:
 @dataclass(frozen=True)
 class BatchOptions:
     size: int = 256  # images a step, over all processes and micro-batches; what the method sees
-    micro: int = 0  # images a forward pass and process; 0: size / processes. Memory only, but for batch norm (cnn.py)
+    # Images a forward pass and process; 0: size / processes; auto: as many as fit on the GPU. Memory only, but for
+    # batch norm (cnn.py).
+    micro: int | Literal["auto"] = 0
 
 
 @dataclass(frozen=True)

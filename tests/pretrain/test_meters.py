@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridssl import student
 from hybridssl.views import render
 from pretrain import data, loop, meters
+from pretrain.assemble import build_student
 from pretrain.loop import main
 from pretrain.meters import Meter
 from pretrain.recipe import load
@@ -38,7 +39,7 @@ def counted(arguments: list[str]) -> tuple[float, float]:
     """FLOPs an image: those that torch sees in a step, and those that the meter goes by."""
     recipe = load(arguments)
     index = Index.open(recipe.data.train)
-    learner = loop.build_student(recipe, index, recipe.batch.size)
+    learner = build_student(recipe, index, recipe.batch.size)
     teacher = student.make_teacher(learner)
     batch = next(iter(data.loader(recipe, index, False, learner.backbone.patch_size, 0, 0, 1)))
     views = render(batch, recipe.views)
@@ -63,7 +64,7 @@ def test_work_is_what_torch_counts(tiny: list[str]) -> None:
 def test_work_of_a_convolution_or_of_labels_alone_is_not_told(tiny: list[str]) -> None:
     recipe = load([*tiny, "objectives={dino: null, ibot: null, spread: null}", "out=x"])
     index = Index.open(recipe.data.train)
-    assert meters.work(recipe, loop.build_student(recipe, index, 8), index.channels) is None
+    assert meters.work(recipe, build_student(recipe, index, 8), index.channels) is None
 
 
 def test_a_meter_is_a_clock() -> None:

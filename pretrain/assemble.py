@@ -1,0 +1,64 @@
+"""From a recipe and an index to what is trained: the backbone, fresh or loaded, with its objectives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybridssl import backbone as backbones
+from hybridssl import lora, text
+from hybridssl.errors import UserError
+from hybridssl.objectives import Context
+from hybridssl.objectives import build as build_objectives
+from hybridssl.student import Student
+from pretrain import data
+from pretrain.columns import columns
+from pretrain.recipe import Recipe
+from shards.index import Index
+
+
+def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = False) -> Student:
+    """Backbone (fresh or loaded) and objectives of `recipe`, on the CPU."""
+    backbone = backbones.build(recipe.backbone, index.channels, recipe.views.global_size)
+    for key, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
+        if size % backbone.patch_size:
+            raise UserError(f"views.{key}={size} is not a multiple of the backbone's patch size {backbone.patch_size}")
+    if recipe.backbone.weights:
+        coverage = backbones.load_weights(backbone, recipe.backbone)
+        if announce:
+            print(f"{recipe.backbone.weights}: {coverage}")
+    if recipe.backbone.lora:
+        if not recipe.backbone.weights:
+            raise UserError("backbone.lora moves a backbone that has learnt already: name it in backbone.weights")
+        lora.add(backbone.model, recipe.backbone.lora)
+    context = Context(
+        dim=backbone.dim,
+        classes=len(index.classes),
+        named=torch.from_numpy(index.named()),
+        prototypes=class_prototypes(recipe, index, backbone.dim),
+        steps=recipe.steps,
+        batch=recipe.batch.size,
+        micro=micro,
+        names=index.classes,
+        counts=torch.from_numpy(data.label_counts(recipe, index)),
+        columns=columns(recipe, index),
+        patch=backbone.patch_size,
+        patches=(recipe.views.global_size // backbone.patch_size) ** 2,
+        channels=index.channels,
+        encoder=recipe.text.encoder,
+        pooling=recipe.text.pooling,
+    )
+    learner = Student(backbone, build_objectives(recipe.objectives, context))
+    if "visible" in learner.views and not recipe.views.hides_equally(context.patches):
+        raise UserError(backbones.UNEQUAL)
+    return learner
+
+
+def class_prototypes(recipe: Recipe, index: Index, width: int) -> Tensor | None:
+    """What the text encoder knows of the classes, [K, width]; None when no objective starts from text.
+
+    A classes.csv beside the shards describes them unless the recipe names another table.
+    """
+    if not any(getattr(options, "init", "") == "text" for options in recipe.objectives.values()):
+        return None
+    return text.class_prototypes(text.beside(recipe.text, index.root), index.classes, width, recipe.seed)

@@ -1,0 +1,81 @@
+"""batch.micro=auto: what is chosen, and that what is tried is a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridssl import dist
+from pretrain import fit
+from pretrain.loop import main
+from pretrain.recipe import load
+from shards.index import Index
+from tests.pretrain.conftest import lines
+
+CPU = torch.device("cpu")
+
+
+@given(share=st.integers(1, 4096), room=st.integers(0, 5000))
+def test_the_largest_divisor_that_fits(share: int, room: int) -> None:
+    asked: list[int] = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= room
+
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    assert fit.largest(share, fits) == max((n for n in divisors if n <= room), default=0)
+    assert len(asked) == len(set(asked)) <= 2 + len(divisors).bit_length()
+
+
+def recipe_of(arguments: list[str], *more: str):
+    loaded = load([*arguments, *more])
+    return loaded, Index.open(loaded.data.train)
+
+
+def test_a_cpu_takes_the_whole_batch_and_writes_it_down(tiny, tmp_path) -> None:
+    arguments = [*tiny, f"out={tmp_path / 'run'}", "steps=1", "batch.micro=auto"]
+    assert main(arguments) == 0
+    assert "micro: 0" in (tmp_path / "run" / "recipe.yaml").read_text()
+    assert lines(tmp_path / "run")
+    assert main([*arguments]) == 0  # and the same command finds its run again
+
+
+@pytest.mark.parametrize("micro", [8, 4])
+def test_what_is_tried_is_a_whole_step(micro: int, tiny, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, index = recipe_of([*tiny, f"out={tmp_path}"])
+    seen: list[int] = []
+    build = fit.build_student
+
+    def watched(*args):
+        learner = build(*args)
+        learner.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[2])))
+        return learner
+
+    monkeypatch.setattr(fit, "build_student", watched)
+    fit.try_step(recipe, index, CPU, 8, micro)
+    assert seen == [micro] * (8 // micro)
+
+
+def test_a_trial_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.dist, "get_world_size", lambda: 3)
+    assert dist.world_size() == 3
+    with pytest.raises(ZeroDivisionError), dist.alone():
+        1 / (dist.world_size() - 1)
+    assert dist.world_size() == 3
+
+
+@pytest.mark.gpu
+def test_less_memory_chooses_a_smaller_micro_batch(tiny, tmp_path) -> None:
+    recipe, index = recipe_of([*tiny, f"out={tmp_path}", "batch.micro=auto", "batch.size=256", "views.global_size=224"])
+    device = torch.device("cuda")
+    whole = fit.with_micro_batch(recipe, index, device, 1).batch.micro
+    assert whole == 256
+    ballast = torch.empty(int(torch.cuda.mem_get_info()[0] * 0.97), dtype=torch.uint8, device=device)
+    less = fit.with_micro_batch(recipe, index, device, 1).batch.micro
+    del ballast
+    assert isinstance(less, int)
+    assert 0 < less < 256
