@@ -144,7 +144,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", required=True, type=Path, metavar="DIR", help="folder of images, searched with all below it")
     add("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
     add("--overwrite", action="store_true", help="replace an index that is there")
-    add("--workers", type=int, default=0, metavar="N", help="processes that read images (default: one a core)")
+    add("--workers", type=int, default=0, metavar="N", help="cores to use (default: all)")
     add("--part", type=_part, default=(1, 1), metavar="I/N", help="build this part only (see below: on a cluster)")
 
     group = parser.add_argument_group("what is known of the images", "Other columns of the table are kept as meta.")

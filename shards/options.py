@@ -42,7 +42,7 @@ class BuildOptions:
     keep_splits: str = ""  # an index whose patients stay in their splits
     drop_duplicates: str = ""  # "exact": images with the same pixels; or the path of an audit.json
     part: tuple[int, int] = (1, 1)  # the i-th of n parts
-    workers: int = 0  # processes that read and check images; 0: one a core
+    workers: int = 0  # cores to use; 0: all
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -23,7 +23,8 @@ from shards.plan import Plan
 from shards.tars import write_tar
 from shards.workers import Task, Work, write_shards
 
-_FEW = 500  # files for which another process is not worth its start
+_FEW = 2000  # files for which another process is not worth its start
+_THREADS = 4  # that one process keeps busy (workers.py says why)
 _KEEP = {"test": 0, "val": 1, "train": 2}  # of images with the same pixels, the first of these
 Progress = Callable[[int, int], None]
 
@@ -49,7 +50,7 @@ def write_part(folder: Path, plan: Plan, options: BuildOptions, drop: frozenset[
     note = {"plan": plan.digest, "of": len(plan.shards), "parts": options.part[1], "channels": options.channels}
     tasks = [Task(folder / _tar(n), plan.shards[n], note | {"state": plan.states[n]}) for n in todo]
     workers = options.workers or os.cpu_count() or 1
-    processes = max(1, min(workers, len(tasks), left // _FEW))
+    processes = max(1, min(-(-workers // _THREADS), len(tasks), left // _FEW))
     work = Work(options, drop, threads=-(-workers // processes))
     write_shards(tasks, work, processes, lambda done: progress(total - left + done, total))
 

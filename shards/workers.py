@@ -1,7 +1,7 @@
 """Who does the packing: a shard is one process's task from its files to its tar, and threads share out its files.
 
-Nothing but names and counts goes between processes. Sending the images themselves cost as much as checking them; and
-threads alone stop helping at about five cores, since a fifth of the work holds Python's lock (both measured).
+Nothing but names and counts goes between processes: sending the images themselves cost as much as checking them. A
+process costs three seconds to start, and a fifth of the work holds Python's lock, so four threads fill one (measured).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -92,15 +93,9 @@ def packed(rows: list[Row], work: Work) -> Iterator[Result]:
 def write_shards(tasks: list[Task], work: Work, processes: int, progress: Callable[[int], None]) -> None:
     """Write all shards; `progress` is told how many files are done. DataError when a process dies."""
     if processes == 1:
-        done = 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            progress(done)
-
+        counts = count(1)
         for task in tasks:
-            write_shard(task, work, tick)
+            write_shard(task, work, lambda: progress(next(counts)))
         return
     context = get_context("spawn")
     counter, stop = context.Value("q"), context.Event()
@@ -108,9 +103,9 @@ def write_shards(tasks: list[Task], work: Work, processes: int, progress: Callab
         try:
             futures = {pool.submit(_in_process, task) for task in tasks}
             while futures:
-                done, futures = wait(futures, timeout=_POLL)
+                ended, futures = wait(futures, timeout=_POLL)
                 progress(counter.value)
-                for future in done:
+                for future in ended:
                     future.result()
         except BrokenProcessPool:
             raise DataError(

@@ -118,6 +118,7 @@ def test_processes_and_threads_do_not_change_a_byte(
     mixed: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
     monkeypatch.setattr(parts, "_FEW", few)
+    monkeypatch.setattr(parts, "_THREADS", 1)
     seen: list[tuple[int, int]] = []
     options = replace(SEVEN, drop_duplicates="exact", workers=2)
     build(mixed, tmp_path / "two", options=options, progress=lambda done, total: seen.append((done, total)))
@@ -130,6 +131,7 @@ def test_a_dead_process_ends_the_build_with_advice(
     mixed: Path, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parts, "_FEW", 4)
+    monkeypatch.setattr(parts, "_THREADS", 1)
     options = replace(SEVEN, drop_duplicates="exact", workers=2)
     with monkeypatch.context() as patch:
         patch.setattr(workers, "_begin", _die)
