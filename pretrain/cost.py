@@ -110,7 +110,7 @@ def held_bytes(step: Step, channels: int = 3) -> float:
 
 def fixed_bytes(step: Step) -> float:
     """What the model holds whatever the batch is."""
-    scores = 4 * 4 * fused.CHUNK["cuda"]  # target, logits, log-softmax, and one on its way
+    scores = 4 * 4 * fused.CHUNK["cuda" if step.fused else "cpu"]  # target, logits, log-softmax, one on its way
     unit = 3 * 4 * 2 * step.bottleneck * step.prototypes  # both heads' unit prototypes, the teacher's, their gradient
     return CONTEXT + scores + unit + PER_PARAMETER * (step.network.parameters + 2 * _head_parameters(step))
 

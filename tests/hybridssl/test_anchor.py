@@ -66,7 +66,7 @@ def test_the_earlier_backbone_is_the_teachers_alone_saved_once_and_follows_nobod
     update_teacher(teacher, learner, 0.5)
     assert all(torch.equal(teacher.state_dict()[kept + key], value) for key, value in start.items())
     moved = [key for key, value in start.items() if not torch.equal(teacher.backbone.state_dict()[key], value)]
-    assert len(moved) == len(start)
+    assert set(moved) == start.keys() - {"mask_token"}  # which rests, for nothing here hides a patch
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 

@@ -183,7 +183,7 @@ def empty(index: Path, folder: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     folder.mkdir()
-    columns = {name: column[:0] for name, column in load_file(index / "index.safetensors").items()}
+    columns = {name: column[: name == "key_at"] for name, column in load_file(index / "index.safetensors").items()}
     save_file(columns, folder / "index.safetensors")
     header = json.loads((index / "index.json").read_text()) | {"shards": [], "samples": 0}
     header["columns_sha256"] = sha256((folder / "index.safetensors").read_bytes()).hexdigest()
