@@ -36,7 +36,7 @@ BASE = ("vit_base_patch16_224", 768, 12, 12)
 LARGE = ("vit_large_patch16_224", 1024, 24, 16)
 SIZES = {
     "test": [Setting("vit_tiny_patch16_224", 32, 1, 2, 64, 32, 2, batch=4, prototypes=64)],
-    "cpu": [Setting(*TINY, 96, 48, 8, batch=16, prototypes=k) for k in (4096, 65536)],
+    "cpu": [Setting(*TINY, 96, 48, 8, batch=32, prototypes=k) for k in (4096, 65536)],
     "gpu": [
         Setting(*SMALL, 224, 96, 8, batch=128, prototypes=65536, precision="bf16"),
         Setting(*BASE, 224, 96, 8, batch=64, prototypes=65536, precision="bf16"),

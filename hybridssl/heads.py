@@ -42,7 +42,9 @@ class Head(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Unit prototypes [K, bottleneck]."""
-        return F.normalize(fp32(self.prototypes), dim=1)
+        rows = fp32(self.prototypes)
+        # What torch's weight_norm calls: one pass forward and one back, where F.normalize takes seven.
+        return torch._weight_norm(rows, rows.new_ones(len(rows), 1), 0)
 
     def bottleneck(self, tokens: Tensor) -> Tensor:
         """tokens [N, dim] -> unit rows [N, bottleneck]."""
