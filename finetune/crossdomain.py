@@ -1,4 +1,4 @@
-"""What the next hospital costs: heads taught in some domains, judged in another, on frozen features.
+"""What the next hospital costs: taught in some domains, judged in another; frozen features, or adapted backbones.
 
 A domain is a source of the index, or the values of any column of its table (--by domain, --by scanner). Two questions:
 
@@ -30,7 +30,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from finetune import crossdomain_page, heads, task, written
+from finetune import adapt, adapters, crossdomain_page, heads, options, task, ways, written
 from finetune.columns import meta_column
 from finetune.domains import CLASS_IMAGES, Gap, Head, Pair, Pool, eligible, judge, mean
 from finetune.splits import Leaks, guard
@@ -41,25 +41,33 @@ Array = np.ndarray
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    heads.add_arguments(parser)
+    options.add_arguments(parser)
     add = parser.add_argument
+    what = f"what is taught (logistic): {', '.join(ways.METHODS)}"
+    add("--methods", nargs="+", choices=ways.METHODS, default=["logistic"], metavar="M", help=what)
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--by", default="source", metavar="COLUMN", help="column that says the domain (source)")
     way.add_argument("--to", type=Path, metavar="DIR", help="another index: the two are the domains")
     add("--map", nargs="+", default=[], metavar="OURS=THEIRS", help="class of --data and its name in --to")
     add("--min-images", type=int, default=30, metavar="N", help="a domain needs so many train and test images (30)")
     add("--min-classes", type=int, default=2, metavar="N", help=f"... and classes with {CLASS_IMAGES} of each (2)")
+    adapt.add_training_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.map and not args.to:
         raise UserError("--map renames the classes of a second index: name that with --to")
+    adapted = [method for method in args.methods if method in ways.ADAPTED]
+    if args.to and adapted:
+        raise UserError(f"--to judges frozen features: {', '.join(adapted)} asks for one index with --by")
     if args.to and (args.grades or args.multi_label or args.positive):
         raise UserError("--to judges sets with one class an image: leave --grades, --multi-label and --positive away")
     name = domain_names(args)[1] if args.to else args.by
     protocols = {m: f"crossdomain-{re.sub('[^A-Za-z0-9_.]+', '-', name)}-{m}" for m in args.methods}
     work = task.prepare(args, list(protocols.values()))
     more: dict[str, Any] = {}
+    if adapted:
+        adapters.require_trainable(work.encoder)
     if args.to:
         other = task.prepare(argparse.Namespace(**{**vars(args), "data": args.to, "source": None}), [])
         pool, leaks = two_indexes(work, other, args.map, domain_names(args))
@@ -162,15 +170,16 @@ def study_domains(
     homes = [Pair(d, (d,), (d,)) for d in kept]  # the diagonal: at home, among all classes of the place
     pairs = [*held_out, *transfers, *homes]
     wanted: list[Head] = list(dict.fromkeys(head for pair in pairs for head in (pair.home, pair.away)))
-    x_test, scores, taught = heads.take(pool.x, pool.test), {}, {}
+    scores, taught = {}, {}
     choices: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
     for head in track(wanted, f"{method} heads", console=Console(stderr=True), transient=True):
-        fitted = []
+        judged = []
         for seed, choice in zip(seeds, choices, strict=True):
             train, val = pool.parts(seed, *head)
-            fitted.append(heads.fit(method, pool.x, pool.y, train, val, pool.kind, len(pool.classes), seed))
-            choice[" + ".join(head)] = {**fitted[-1].choice, "val": round(fitted[-1].val, 4)}
-        scores[head] = np.stack([f.predict(x_test) for f in fitted])
+            found = teach(work, pool, method, train, val, seed)
+            choice[" + ".join(head)] = found.choice
+            judged.append(found.predict(pool.test))
+        scores[head] = np.stack(judged)
         taught[head] = [pool.parts(seed, *head)[0] for seed in seeds]
     found = judge(pool, pairs, scores, taught)
     apart = {pair.there: found[pair] for pair in held_out if pair in found}
@@ -199,10 +208,19 @@ def study_domains(
     notes += [f"left out, {name}: {reason}" for name, reason in skipped.items()]
     lost = [d for d in kept if d not in apart]
     notes += [f"{d} shares fewer than two classes with the others: not judged as unseen" for d in lost]
-    selected = {"grid": heads.GRIDS[method], "choices": choices}
+    selected = {"grid": ways.settings(work.args, method), "choices": choices}
     arrays = _unseen(work, pool, held_out, scores)
     result = written.write(work, protocol, figures, selected, used, arrays, notes, detail=detail, **more)
     crossdomain_page.page(result)
+
+
+def teach(work: task.Task, pool: Pool, method: str, train: Array, val: Array, seed: int) -> ways.Taught:
+    """A head of the pool's rows, which are the task's own where there is one index."""
+    if not work.args.to:
+        return ways.teach(work, method, work.args, train, val, seed)
+    head = heads.fit(method, pool.x, pool.y, train, val, pool.kind, len(pool.classes), seed)
+    choice = {**head.choice, "val": round(head.val, 4)}
+    return ways.Taught(lambda rows: head.predict(heads.take(pool.x, rows)), choice)
 
 
 def _own(work: task.Task) -> list[Array]:

@@ -14,11 +14,9 @@ like any other. A run that was cut off, or is asked for more shares or methods, 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from finetune import adapt, adapters, heads, options, results, scaling_page, task, written
-from finetune.adapters import Change
-from finetune.encoder import Encoder
+from finetune import adapt, heads, options, results, scaling_page, task, ways, written
 from finetune.resample import Draws, holm, resample
 from finetune.results import Result
 from finetune.task import Task
@@ -36,7 +32,6 @@ from hybridssl.errors import UserError
 
 Array = np.ndarray
 SHARES = (0.001, 0.01, 0.1, 1.0)
-METHODS = (*sorted(heads.GRIDS), *(f"adapt-{mode}" for mode in adapt.MODES if mode != "partial"))
 USUAL = ("knn", "logistic", "linear", "adapt-full", "adapt-lora")
 
 
@@ -45,7 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--also", nargs="+", default=[], metavar="SPEC", help="further backbones for the same picture")
     add("--shares", type=float, nargs="+", default=list(SHARES), metavar="F", help=f"shares of the labels {SHARES}")
-    add("--methods", nargs="+", choices=METHODS, default=list(USUAL), metavar="M", help=f"of {', '.join(METHODS)}")
+    add(
+        "--methods",
+        nargs="+",
+        choices=ways.METHODS,
+        default=list(USUAL),
+        metavar="M",
+        help=f"of {', '.join(ways.METHODS)}",
+    )
     adapt.add_training_arguments(parser)
 
 
@@ -54,14 +56,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("scaling draws its own shares of the labels: say --shares, not --labels")
     if not all(0 < share <= 1 for share in args.shares):
         raise UserError(f"--shares {min(args.shares)} ... {max(args.shares)} must be above 0 and at most 1")
-    settings = {method: settings_of(args, method) for method in args.methods}
+    settings = {method: ways.settings(args, method) for method in args.methods}
     shares = sorted(set(args.shares))
     backbones = list(dict.fromkeys([args.backbone, *args.also]))
     cells, skipped, first = [], [], None
     for spec in backbones:
         work = task.prepare(Namespace(**{**vars(args), "backbone": spec}), [] if first else ["scaling"])
         first = first or work
-        methods, refused = possible(args.methods, work.encoder)
+        methods, refused = ways.possible(args.methods, work.encoder)
         skipped += refused
         wanted = [(share, method) for share in shares for method in methods]
         known = {at: kept(work, *at, settings[at[1]]) for at in wanted}
@@ -72,25 +74,6 @@ def run(args: argparse.Namespace) -> None:
             cells.append(found or compute(work, share, method, settings[method], args))
     assert first is not None
     write(first, cells, skipped)
-
-
-def settings_of(args: Namespace, method: str) -> dict[str, Any]:
-    """All that a cell depends on beside backbone, data, share and seeds, as JSON gives it back."""
-    mode = method.removeprefix("adapt-")
-    chosen = heads.GRIDS[method] if method in heads.GRIDS else adapt.plan_of(args, Change(mode)).as_dict()
-    return json.loads(json.dumps(chosen))
-
-
-def possible(methods: Sequence[str], encoder: Encoder) -> tuple[list[str], list[str]]:
-    """The methods that this backbone allows, and a sentence on those that it does not."""
-    adapted = [method for method in methods if method.startswith("adapt-")]
-    if not adapted:
-        return list(methods), []
-    try:
-        adapters.require_trainable(encoder)
-        return list(methods), []
-    except UserError as error:
-        return [m for m in methods if m not in adapted], [f"left out {', '.join(adapted)}: {error}"]
 
 
 def folder_of(work: Task, share: float) -> Path:
@@ -127,19 +110,11 @@ def compute(work: Task, share: float, method: str, settings: dict[str, Any], arg
     parameters = None
     for seed in args.seeds:
         train, val = cell.split(seed)
-        if method in heads.GRIDS:
-            x = work.features.x
-            head = heads.fit(method, x, work.y, train, val, work.kind, len(work.classes), seed)
-            scores.append(head.predict(heads.take(x, work.test)))
-            val_scores.append(head.predict(heads.take(x, val)))
-            choices.append({**head.choice, "val": round(head.val, 4)})
-        else:
-            plan = adapt.plan_of(args, Change(method.removeprefix("adapt-")))
-            found = adapt.fit(cell, train, val, plan, seed)
-            scores.append(found.predict(work.test))
-            val_scores.append(found.predict(val))
-            choices.append(found.choice)
-            parameters = found.classifier.counts()
+        taught = ways.teach(cell, method, args, train, val, seed)
+        scores.append(taught.predict(work.test))
+        val_scores.append(taught.predict(val))
+        choices.append(taught.choice)
+        parameters = taught.parameters
     detail = {"settings": settings, "parameters": parameters}
     return results.read(cell.finish(method, scores, choices, settings, val_scores, detail=detail))
 

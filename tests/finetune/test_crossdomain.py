@@ -68,6 +68,29 @@ def test_a_head_from_elsewhere_is_wrong_where_the_classes_are_swapped(result):
     )
 
 
+def test_an_adapted_backbone_travels_too(index, export_folder, tmp_path):
+    """LoRA taught in one place, in the other, and in both: a classifier each, chosen in the places that taught it."""
+    fast = ["--epochs", 2, "--steps", 30, "--lr", 0.02, "--train-batch", 8]
+    arguments = ["crossdomain", "--backbone", export_folder, "--data", index.root, "--out", tmp_path, "--device", "cpu"]
+    options = ["--by", "site", "--methods", "adapt-lora", "--min-images", 15, *fast]
+    assert main([*map(str, [*arguments, *options])]) == 0
+    found = results.read(tmp_path / "crossdomain-site-adapt-lora" / "results.json")
+    assert set(found.about["detail"]["domains"]) == {"north", "south"}
+    (choice,) = found.about["selected"]["choices"]
+    assert {frozenset(name.split(" + ")) for name in choice} == {
+        frozenset(names) for names in (["seed"], ["north"], ["south"], ["north", "south"])
+    }
+    assert all(chosen["lr"] == 0.02 for name, chosen in choice.items() if name != "seed")
+    arrays = found.predictions()
+    assert not np.allclose(arrays["scores"], arrays["home_scores"])
+    assert {"in_domain", "out_of_domain", "gap"} <= found.metrics.keys()
+
+
+def test_two_indexes_are_judged_on_frozen_features(index, tmp_path, capsys):
+    assert run(index, tmp_path, "--to", index.root, "--methods", "adapt-lora") == 2
+    assert "--to judges frozen features: adapt-lora asks for one index with --by" in capsys.readouterr().err
+
+
 def test_unseen_figures_are_those_of_scikit_learn_on_the_kept_scores(result, index):
     arrays, detail = result.predictions(), result.about["detail"]
     where = np.array([index.read(int(n)).meta["site"] for n in arrays["number"]])

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from finetune import adapt, metrics, probe, results, scaling, scaling_page
+from finetune import adapt, metrics, probe, results, scaling, scaling_page, ways
 from finetune.__main__ import main
 from tests.finetune.looked import look
 
@@ -145,12 +145,12 @@ def test_settings_tell_trainings_apart(index, export_folder):
     from finetune.__main__ import parser
 
     read = lambda *more: parser("scaling").parse_args(arguments("o", index, export_folder, *more))  # noqa: E731
-    a, b = (scaling.settings_of(read(*more), "adapt-lora") for more in ([], ["--mixup", 0]))
+    a, b = (ways.settings(read(*more), "adapt-lora") for more in ([], ["--mixup", 0]))
     assert a != b
     assert a == json.loads(json.dumps(a))
-    assert scaling.settings_of(read(), "knn") == scaling.settings_of(read("--mixup", 0), "knn")
-    assert set(scaling.USUAL) < set(scaling.METHODS)
-    assert {f"adapt-{mode}" for mode in adapt.MODES} - set(scaling.METHODS) == {"adapt-partial"}
+    assert ways.settings(read(), "knn") == ways.settings(read("--mixup", 0), "knn")
+    assert set(scaling.USUAL) < set(ways.METHODS)
+    assert {f"adapt-{mode}" for mode in adapt.MODES} - set(ways.METHODS) == {"adapt-partial"}
 
 
 def test_impossible_shares_are_refused(index, export_folder, tmp_path, capsys):
