@@ -31,8 +31,9 @@ evaluate-%:
 	OMP_NUM_THREADS=1 $(BIN)/python -m finetune probe --backbone $(SPEC_$*) --data data/demo --overwrite \
 		--methods logistic --out results/demo/$* >/dev/null
 
+# One thread each: two workers with a thread a core each wait for one another and take three times as long.
 test: install
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
