@@ -110,7 +110,7 @@ from tests.hybridssl import dense
 def held():  # the most that this process ever held; ru_maxrss would start from what its parent held
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 torch.set_num_threads(1)
-n, k, d = 1024, 16384, 64
+n, k, d = 2048, 16384, 64
 z, t = (F.normalize(torch.randn(1, n, d), dim=2) for _ in range(2))
 w = F.normalize(torch.randn(k, d), dim=1).requires_grad_()
 z.requires_grad_()
@@ -127,7 +127,7 @@ print(held() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks the Linux kernel")
 def test_memory_grows_with_the_sum_and_not_the_product() -> None:
-    """1,024 tokens x 16,384 prototypes: 64 MiB a score tensor, of which the plain version holds several."""
+    """2,048 tokens x 16,384 prototypes: 128 MiB a score tensor, of which the plain version holds several."""
 
     def peak(which: str) -> int:
         done = subprocess.run(
