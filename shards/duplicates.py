@@ -61,8 +61,7 @@ def find(
             if not itself or x != y:
                 found.setdefault(key, (how, 1.0 if scores is None else float(scores[n])))
 
-    digests = (np.asarray(index.column("digest")) for index in (index_a, index_b))
-    add(_equal(*digests, itself), BYTES)
+    add(_equal(np.asarray(index_a.column("digest")), np.asarray(index_b.column("digest")), itself), BYTES)
     add(_equal(np.where(a.readable, a.pixels, 0), np.where(b.readable, b.pixels, 0), itself), PIXELS)
     for rows, scores in (_by_hash(a, b, itself, progress), _by_suggestion(a, b, suggested)):
         add(rows, NEAR, scores)
