@@ -58,6 +58,7 @@ def main() -> None:
         for kind in COUNTS if args.only is None else {args.only} & {*COUNTS}:
             found.setdefault("speed", {})[kind] = compare(Path(folder) / "pictures", kind, args.rounds)
             shutil.rmtree(Path(folder) / "pictures")
+            write_results("loader.json", found)  # each kind takes minutes, and the next may be interrupted
     write_results("loader.json", found)
 
 
