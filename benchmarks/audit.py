@@ -69,7 +69,9 @@ def trial(data: Path, out: Path, against: Sequence[Path]) -> dict[str, Any]:
         "constant": len(findings["constant"]),
         "label_conflicts": sum(group["label_conflict"] for group in findings["duplicates"]),
         "groups_across_splits": len(findings["groups_across_splits"]),
-        "against": {leak["index"]: {"samples": leak["samples"], "pairs": leak["pairs"]} for leak in findings["against"]},
+        "against": {
+            leak["index"]: {"samples": leak["samples"], "pairs": leak["pairs"]} for leak in findings["against"]
+        },
         "across_splits": sum(group["across_splits"] for group in findings["duplicates"]),
         "rims": {kind: len(keys) for kind, keys in findings["rims"].items()},
         "too_plain_to_compare": findings["too_plain_to_compare"],
