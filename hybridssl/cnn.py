@@ -22,10 +22,10 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hybridssl.backbone import Backbone, BackboneOptions, Crops
 from hybridssl.dist import all_reduce_sum, world_size
 from hybridssl.errors import UserError
 from hybridssl.types import Tokens
+from hybridssl.vit import Backbone, BackboneOptions, Crops
 
 M = TypeVar("M", bound=nn.Module)
 SIDE = 64  # pixels of the image by which a network's stride is measured

@@ -28,7 +28,7 @@ from hybridssl.recipe import differences, to_dict
 from hybridssl.schedule import cosine, ramp
 from hybridssl.student import Student
 from hybridssl.views import render
-from pretrain import data, fit, garbage, record
+from pretrain import command, data, fit, garbage, record
 from pretrain import recipe as recipes
 from pretrain.assemble import build_student
 from pretrain.probe import InLoopProbe
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
         print(HELP.format(names=", ".join(recipes.names())))
         return 0
     try:
-        return train(recipes.load(arguments))
+        return train(command.load(arguments))
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

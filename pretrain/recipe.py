@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,6 @@ from hybridssl.efficiency import EfficiencyOptions
 from hybridssl.errors import UserError
 from hybridssl.objectives import ObjectiveOptions, options_types
 from hybridssl.optim import OptimOptions
-from hybridssl.recipe import parse_overrides, read_yaml, resolve
 from hybridssl.text import TextOptions
 from hybridssl.views import ViewOptions
 from shards.index import ADDRESS, Index
@@ -110,26 +108,6 @@ class Recipe:
 # A resumed run may change these; any other difference would make it another run.
 MAY_CHANGE = ("name", "out", "threads", "profile", "efficiency", "log", "save", "probe", "batch.micro")
 MAY_CHANGE += ("data.workers", "data.cache", "data.cache_size")
-
-
-def load(arguments: Sequence[str]) -> Recipe:
-    """The recipe of a command line: `recipe=NAME_OR_PATH` (default: auto) and any `key=value`. Raises UserError."""
-    overrides = parse_overrides(arguments)
-    chosen = str(overrides.pop("recipe", "") or AUTO)
-    if chosen == AUTO:
-        from pretrain.doctor import automatic  # which builds on this file
-
-        name, layer = AUTO, automatic(overrides)
-    else:
-        name, layer = find(chosen).stem, read_yaml(find(chosen))
-    recipe = resolve(Recipe, [{"name": name}, layer, overrides])
-    if not recipe.data.sets:
-        raise UserError("no data: say data.train=FOLDER (a folder with index.json, from `python -m shards build`)")
-    if not recipe.out:
-        raise UserError(f"no place for the run: say out=runs/{recipe.name}")
-    if not recipe.objectives:
-        raise UserError(f"no objective: the recipe needs at least one of objectives.{{{', '.join(options_types())}}}")
-    return recipe
 
 
 def find(name: str) -> Path:

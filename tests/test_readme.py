@@ -7,7 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
-from pretrain import recipe
+from pretrain import command, recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,6 +50,6 @@ def test_every_launch_is_a_recipe_that_loads() -> None:
     launches = [line for line in README.splitlines() if line.startswith("    accelerate launch pretrain ")]
     assert len(launches) == 3
     for line in launches:
-        loaded = recipe.load(shlex.split(line)[3:])
+        loaded = command.load(shlex.split(line)[3:])
         assert loaded.objectives
         assert loaded.out.startswith("runs/")

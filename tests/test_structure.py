@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,33 @@ def test_every_file_says_what_it_is_for_and_stays_readable(package: str) -> None
         text = path.read_text(encoding="utf-8")
         assert ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
         assert text.count("\n") <= 320, f"{path.relative_to(ROOT)} is long: is there one idea in it?"
+
+
+def modules_of(path: Path, known: set[str]) -> set[str]:
+    """Modules of ours that a file imports, inside functions too; not what only a type checker reads."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            node.body = [ast.Pass()]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            wholes = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {whole if whole in known else node.module for whole in wholes}
+    return found & known
+
+
+def test_no_module_reaches_itself_through_another() -> None:
+    """Circles of imports, also those that an import inside a function hides. Names for types alone may go round."""
+    files = {path: path.relative_to(ROOT).with_suffix("").parts for p in PACKAGES for path in (ROOT / p).rglob("*.py")}
+    names = {path: ".".join(parts[:-1] if parts[-1] == "__init__" else parts) for path, parts in files.items()}
+    graph = {name: modules_of(path, set(names.values())) - {name} for path, name in names.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("these import one another: " + " <- ".join(error.args[1]))
 
 
 def test_nothing_here_unpickles() -> None:

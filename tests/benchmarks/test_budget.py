@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from benchmarks import budget
 from finetune.results import FORMAT, NEEDED
-from pretrain import recipe as recipes
+from pretrain import command
 
 
 def plant(folder, skill: float, seed: int = 0) -> None:
@@ -65,13 +65,13 @@ def test_one_seed_has_no_noise_threshold(tmp_path):
 @pytest.mark.parametrize("size", budget.SIZES)
 @pytest.mark.parametrize("arm", budget.ARMS)
 def test_every_arm_is_a_recipe(arm, size):
-    recipe = recipes.load([*budget.SIZES[size], *budget.ARMS[arm].split(), "data.train=x", "out=y"])
+    recipe = command.load([*budget.SIZES[size], *budget.ARMS[arm].split(), "data.train=x", "out=y"])
     assert ("labels" in recipe.objectives) == (arm != "ssl")
 
 
 def test_sizes_of_all_arms_see_the_same_images():
     sizes = {
-        arm: recipes.load([*budget.SIZES["cpu"], *words.split(), "data.train=x", "out=y"])
+        arm: command.load([*budget.SIZES["cpu"], *words.split(), "data.train=x", "out=y"])
         for arm, words in budget.ARMS.items()
     }
     assert len({(recipe.steps, recipe.batch.size) for recipe in sizes.values()}) == 1

@@ -9,7 +9,7 @@ import pytest
 
 from finetune import studies
 from finetune.__main__ import main, parser
-from pretrain.recipe import load
+from pretrain.command import load
 from tests.finetune import looked
 
 GIVEN = {

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from hybridssl import backbone
-from pretrain.recipe import load
+from pretrain.command import load
 from shards import demo
 
 TINY = [

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from hybridssl import backbone
 from hybridssl.__main__ import main as hybridssl
+from pretrain.command import load
 from pretrain.loop import main as pretrain
-from pretrain.recipe import load
 from shards.__main__ import main as shards
 from tests.pretrain.conftest import TINY, lines
 

@@ -12,8 +12,8 @@ import torch
 
 from pretrain import data
 from pretrain.columns import columns
+from pretrain.command import load
 from pretrain.loop import main
-from pretrain.recipe import load
 from shards.index import Index
 from shards.stream import Order
 from tests.pretrain.conftest import losses

@@ -14,7 +14,7 @@ from hybridssl import backbone, lora, run
 from hybridssl.backbone import BackboneOptions
 from hybridssl.export import export
 from hybridssl.recipe import resolve
-from pretrain import recipe as recipes
+from pretrain import command
 from pretrain.loop import main
 from pretrain.probe import InLoopProbe
 from shards.index import Index
@@ -111,7 +111,7 @@ def test_the_general_set_is_judged_before_and_during_the_run(
 
 def test_before_the_first_step_only_the_general_set_is_judged(tiny: list[str], index: Path) -> None:
     asked = [*tiny, "out=o", "probe.every=2"]
-    given, shards = [recipes.load(asked), recipes.load([*asked, f"probe.keep={index}"])], Index.open(index)
+    given, shards = [command.load(asked), command.load([*asked, f"probe.keep={index}"])], Index.open(index)
     plain, keeping = (InLoopProbe(recipe, shards) for recipe in given)
     assert [plain.due(step) for step in range(5)] == [False, False, True, False, True]
     assert [keeping.due(step) for step in range(5)] == [True, False, True, False, True]

@@ -12,8 +12,8 @@ import torch
 
 from hybridssl.types import Batch
 from pretrain import data
+from pretrain.command import load
 from pretrain.loop import main
-from pretrain.recipe import load
 from shards.errors import DataError
 from shards.index import Index
 

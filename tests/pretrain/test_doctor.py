@@ -15,7 +15,7 @@ import pytest
 
 from hybridssl.__main__ import main as hybridssl
 from hybridssl.recipe import read_yaml, to_dict
-from pretrain import doctor, fingerprint, recipe
+from pretrain import command, doctor, fingerprint
 from pretrain.fingerprint import Machine
 from pretrain.loop import main
 from shards.build import BuildOptions, build
@@ -132,7 +132,7 @@ def test_auto_trains_and_goes_on_with_what_it_holds(
     monkeypatch.setattr(fingerprint, "machine", lambda names: big)
     monkeypatch.setattr(fingerprint, "data", lambda *args: pytest.fail("looked again"))
     for arguments in ([f"data.train={data}", f"out={out}", *SHORT], ["recipe=auto", f"out={out}"]):
-        assert to_dict(recipe.load(arguments)) == held
+        assert to_dict(command.load(arguments)) == held
     assert main([f"out={out}", "log.every=1"]) == 0
     assert main([f"out={out}", "optim.lr=9"]) == 2
     assert "optim.lr" in capsys.readouterr().err
@@ -140,10 +140,10 @@ def test_auto_trains_and_goes_on_with_what_it_holds(
 
 def test_a_second_process_says_nothing(index: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [f"data.train={index}", f"out={tmp_path / 'run'}", *SHORT]
-    first = recipe.load(arguments)
+    first = command.load(arguments)
     assert capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
-    assert recipe.load(arguments) == first
+    assert command.load(arguments) == first
     assert not capsys.readouterr().out
 
 
@@ -156,9 +156,9 @@ def test_doctor_prints_and_writes_a_recipe_that_runs(index: Path, tmp_path: Path
     text = file.read_text()
     for word in ("# data", "# hardware", "# duration", "# result", "# command", "# labels, one_of"):
         assert word in text
-    found = recipe.load([f"recipe={file}", "out=x"])
+    found = command.load([f"recipe={file}", "out=x"])
     assert (found.name, found.data.train, found.steps) == ("mine", str(index), 2)
-    assert replace(found, name="auto") == recipe.load([f"data.train={index}", "out=x", *SHORT])
+    assert replace(found, name="auto") == command.load([f"data.train={index}", "out=x", *SHORT])
     assert hybridssl(["doctor", "--data", str(index), "--out", str(file)]) == 2
     assert "is there already" in capsys.readouterr().err
 

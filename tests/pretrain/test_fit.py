@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from hybridssl import dist
 from pretrain import fit
+from pretrain.command import load
 from pretrain.loop import main
-from pretrain.recipe import load
 from shards.index import Index
 from tests.pretrain.conftest import lines
 

@@ -14,8 +14,8 @@ from hybridssl.efficiency import EfficiencyOptions, apply
 from hybridssl.precision import faster_in_bf16
 from hybridssl.views import render
 from pretrain import data
+from pretrain.command import load
 from pretrain.loop import main
-from pretrain.recipe import load
 from shards.index import Index
 from tests.pretrain.conftest import losses
 

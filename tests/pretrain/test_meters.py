@@ -13,9 +13,9 @@ from hybridssl import student
 from hybridssl.views import render
 from pretrain import data, loop, meters
 from pretrain.assemble import build_student
+from pretrain.command import load
 from pretrain.loop import main
 from pretrain.meters import Meter
-from pretrain.recipe import load
 from shards.index import Index
 from tests.pretrain.conftest import lines
 

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from hybridssl import run
 from pretrain import data, fingerprint
 from pretrain.columns import columns
+from pretrain.command import load
 from pretrain.loop import main
 from pretrain.probe import InLoopProbe
-from pretrain.recipe import load
 from shards import demo
 from shards.mix import open_sets
 from shards.stream import Order

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 from hybridssl import backbone
 from hybridssl.backbone import BackboneOptions
 from hybridssl.recipe import read_yaml, resolve, to_dict
+from pretrain import command
 from pretrain import recipe as recipes
 from pretrain.loop import main
 from pretrain.recipe import Recipe
@@ -100,4 +101,4 @@ def test_every_recipe_says_what_it_needs_and_what_to_expect(name: str) -> None:
 
 def test_precision_no_is_a_word_and_not_yamls_false() -> None:
     given = ["recipe=demo", "data.train=d", "out=o", "precision=no"]
-    assert recipes.load(given).precision == "no"
+    assert command.load(given).precision == "no"
