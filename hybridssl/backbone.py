@@ -1,4 +1,4 @@
-"""Backbones from a recipe: any vision transformer or convolutional network of timm, and loading that is never silent."""
+"""Backbones from a recipe: any transformer or convolutional network of timm, and loading that is never silent."""
 
 from __future__ import annotations
 
