@@ -20,6 +20,7 @@ from shards.pack import key_of
 from shards.place import begin, finish, partial_of
 from shards.plan import plan
 from shards.privacy import Salt, missing_salt
+from shards.slices import stacked
 from shards.split import parse_split, stratified
 from shards.table import SUFFIXES, Row, find_images, from_folders, nearest, read_table
 
@@ -65,7 +66,7 @@ def build_part(
     rows = gather(Path(images), found, Path(table) if table is not None else None, options)
     drop = _audited(options, rows)
     parts.write_part(begin(Path(out), options.overwrite), plan(rows, options, drop), options, drop, progress)
-    return len(found) - len(rows)
+    return len(found) - sum(max(1, len(row.slices)) for row in rows)
 
 
 def join(out: str | Path, overwrite: bool = False, progress: Progress = lambda done, total: None) -> Built:
@@ -95,19 +96,24 @@ def gather(folder: Path, found: dict[str, Path], table: Path | None, options: Bu
         rows = [replace(row, source=row.source or options.source or "default") for row in rows]
     elif options.source:
         rows = [replace(row, source=row.source or options.source) for row in rows]
+    if options.slices:
+        rows = stacked(rows, options.slices, private=bool(options.salt))
     rows = _hashed(rows, options)
     if options.split:
         _check_by(rows, options, table, bool(foreign))
     return _stratified(rows, options) if options.stratify else rows
 
 
-def write_linkage(path: Path, images: Path, options: BuildOptions) -> None:
+def write_linkage(path: Path, images: Path, table: Path | None, options: BuildOptions) -> None:
     """A table of paths and keys, for whoever holds the originals: the only way back from a hashed path."""
+    found = find_images(images)
+    names = {file: name for name, file in found.items()}
+    rows = gather(images, found, table, options)
+    keys = {names[file]: key_of(row.name) for row in rows for file in row.slices or (row.image,)}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "key"])
-        for name, image in find_images(images).items():
-            writer.writerow([name, key_of(_hashed([Row(image, name)], options)[0].name)])
+        writer.writerows(sorted(keys.items()))
 
 
 def _hashed(rows: list[Row], options: BuildOptions) -> list[Row]:

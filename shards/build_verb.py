@@ -27,7 +27,9 @@ python -m shards build --images photos/ --folders label --out data/derm --short-
 python -m shards build --images photos/ --table labels.csv --out data/derm \\
     --label-column diagnosis --group-column patient --split 70/10/20
 python -m shards build --images ct/ --out data/ct --channels 1 --salt-file salt.txt --window 40,400
-python -m shards build --images bands/ --out data/bands --channels 5 --stack"""
+python -m shards build --images bands/ --out data/bands --channels 5 --stack
+python -m shards build --images ct/ --out data/ct --channels 5 --slices series --frames 5 \\
+    --salt-file salt.txt --window 40,400"""
 NOTES = """\
 splits:
   --split draws by a hash of the patient (or of what --by names) and of nothing else, so images that come later move
@@ -93,10 +95,16 @@ _GROUPS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
             "of the images as read later: 3 (default), 1 (grey), or as many planes as they have",
         ),
         "--stack": (_SWITCH, "the pages of a TIFF, or the frames of a DICOM file, are the channels of one image"),
+        "--slices": (
+            {"default": "", "metavar": "BY"},
+            "files are the channels of one image, a slice each: those of one DICOM series (BY: series), of one folder "
+            "(folder), or of one value of a table's column; in the order of their positions, else of the numbers in "
+            "their names",
+        ),
         "--frames": (
             _NUMBER,
-            "at most so many pages or frames of a file, evenly spread; 1: the middle one (default: all; each is a "
-            "sample, and those of one file stay in one split)",
+            "at most so many pages or frames of a file, or slices of a series, evenly spread; 1: the middle one "
+            "(default: all; without --stack or --slices each is a sample, and those of one file stay in one split)",
         ),
         "--bits": (
             _NUMBER,
@@ -131,9 +139,9 @@ _GROUPS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     },
 }
 _FLAGS = (
-    *("folders", "source", "shard_size", "short_side", "quality", "channels", "bits", "stack", "frames", "window"),
-    *("keep_paths", "keep_burned_in", "split", "by", "split_seed", "stratify", "keep_splits", "drop_duplicates"),
-    *("part", "workers", "overwrite"),
+    *("folders", "source", "shard_size", "short_side", "quality", "channels", "bits", "stack", "slices", "frames"),
+    *("window", "keep_paths", "keep_burned_in", "split", "by", "split_seed", "stratify", "keep_splits"),
+    *("drop_duplicates", "part", "workers", "overwrite"),
 )
 console = Console()
 
@@ -172,7 +180,7 @@ def run(args: argparse.Namespace) -> build.Built | None:
     flags = {name: getattr(args, name) for name in _FLAGS}
     options = BuildOptions(columns=columns, tags=tuple(args.tags), salt=salt, **flags)
     if args.linkage:
-        build.write_linkage(args.linkage, args.images, options)
+        build.write_linkage(args.linkage, args.images, args.table, options)
     with bar("packing") as tick:
         if options.part[1] > 1:
             build.build_part(args.images, args.out, args.table, options, tick)

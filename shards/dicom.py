@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,30 @@ class Study:
     meta: dict[str, Any]
     count: int  # frames in the file
     dataset: Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a slice belongs. The series is an identifier: never to be stored or shown."""
+
+    series: str = ""
+    depth: float | None = None  # in mm along the normal of its plane
+    number: int | None = None  # InstanceNumber
+
+
+def place(path: Path) -> Place:
+    """Series and position of a file, from its header alone; Place() when it cannot be read."""
+    pydicom = _pydicom()
+    tags = ["SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber"]
+    with _speechless():
+        try:
+            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=True)
+            series, number = str(dataset.get("SeriesInstanceUID") or "").strip(), dataset.get("InstanceNumber")
+            corner, axes = dataset.get("ImagePositionPatient"), dataset.get("ImageOrientationPatient")
+            depth = float(np.dot(np.cross(axes[:3], axes[3:]), corner)) if corner and axes else None
+            return Place(series, depth, None if number is None else int(number))
+        except Exception:  # whoever packs it will meet the same, and say so
+            return Place()
 
 
 def is_dicom(data: bytes, suffix: str) -> bool:
@@ -98,10 +123,23 @@ def frames(study: Study, options: BuildOptions) -> Iterator[tuple[int, int, Fram
             except DataError:
                 raise
             except Exception as error:
-                syntax = study.dataset.file_meta.TransferSyntaxUID
-                raise DataError(
-                    f"frame {number} of {study.count} cannot be decoded ({error_name(error)}; transfer syntax {syntax})"
-                ) from None
+                why = f"{error_name(error)}; {_syntax(study.dataset.file_meta.TransferSyntaxUID)}"
+                raise DataError(f"frame {number} of {study.count} cannot be decoded ({why})") from None
+
+
+def _syntax(uid: Any) -> str:
+    """The compression of a file by the name that DICOM gives it, and what is missing to read it."""
+    if not uid.is_transfer_syntax:  # the words of a file, which may be a name
+        return "its transfer syntax is unknown"
+    try:
+        decoder = _pydicom().pixels.get_decoder(uid)
+    except NotImplementedError:
+        return f"{uid.name} cannot be read here: convert the file, for example to JPEG 2000"
+    if decoder.is_available:
+        return str(uid.name)
+    missing = {text.split(" ")[0]: text.partition(" - requires ")[2] for text in decoder.missing_dependencies}
+    package = "'hybridssl[dicom]'" if "gdcm" in missing else next(iter(missing.values())).replace(" and ", " ")
+    return f"{uid.name} needs another package: pip install {package}"
 
 
 def window(values: np.ndarray, centre: float, width: float, function: str = "LINEAR") -> np.ndarray:

@@ -29,7 +29,8 @@ class BuildOptions:
     channels: int = 3
     bits: int = 0  # how many bits 16-bit images use; 0: by the largest value of each
     stack: bool = False  # the frames (or pages) of a file are the channels of one image
-    frames: int = 0  # at most so many frames of a file, evenly spread; 0: all
+    slices: str = ""  # what files have in common that are channels of one image: "series", "folder", or a column
+    frames: int = 0  # at most so many frames of a file, evenly spread (or so many slices); 0: all
     window: str = "file"  # of DICOM: the file's own, "full", or "CENTRE,WIDTH" in its rescaled units
     tags: tuple[str, ...] = ()  # DICOM tags for meta, beside the usual ones
     salt: str = field(default="", repr=False)  # with it, identifiers (groups, paths, UIDs) are stored hashed

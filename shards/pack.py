@@ -18,7 +18,7 @@ from shards.encode import encode, shrink
 from shards.errors import DataError
 from shards.format import decode, decode_mask, extension, hash64
 from shards.options import BuildOptions
-from shards.sources import Frame, error_name, fill_bits, frames
+from shards.sources import Frame, choose, error_name, fill_bits, frames
 from shards.split import parse_split, split_of
 from shards.table import Row
 
@@ -73,6 +73,10 @@ _Image = tuple[int, int, bytes, tuple[int, int], dict[str, Any]]  # number, of h
 
 def _images(row: Row, options: BuildOptions) -> Iterator[_Image]:
     """Every image of a file, as it is stored, with the size of what was shrunk, or (0, 0)."""
+    if row.slices:
+        parts, said = _slices(row, options)
+        yield from _encoded(((n, len(parts), part) for n, part in enumerate(parts)), options, said)
+        return
     data = _read(row.image)
     if dicom.is_dicom(data[:132], row.image.suffix):
         study = dicom.read(data, options)
@@ -98,13 +102,42 @@ def _as_it_is(data: bytes, options: BuildOptions) -> bool:
     return plain and not options.stack and not changed and not (wide and options.bits)
 
 
+def _slices(row: Row, options: BuildOptions) -> tuple[list[Frame], dict[str, Any]]:
+    """The slices of an image, grey (DICOM through its window), and the patient and tags of the first.
+
+    DataError, with the number of the slice, when one cannot be read, and when they show several patients."""
+    parts: list[Frame] = []
+    told: list[dict[str, Any]] = []
+    named = not options.salt or options.keep_paths
+    for number in choose(len(row.slices), options.frames):
+        path = row.slices[number]
+        try:
+            data = _read(path)
+            if dicom.is_dicom(data[:132], path.suffix):
+                study = dicom.read(data, options)
+                told.append({"group": study.group, "meta": study.meta})
+                found = dicom.frames(study, options)
+            else:
+                found = frames(data, channels=1)
+            parts += [frame for _, _, frame in found]
+        except DataError as error:
+            name = f" ({path.name})" if named else ""
+            raise DataError(f"slice {number + 1} of {len(row.slices)}{name}: {error}") from None
+    if len({said["group"] for said in told}) > 1:
+        raise DataError(f"its {len(row.slices)} slices are of several patients: stack them --slices by something else")
+    return parts, told[0] if told else {}
+
+
 def _encoded(found: Iterator[tuple[int, int, Frame]], options: BuildOptions, said: dict[str, Any]) -> Iterator[_Image]:
-    if options.stack:
+    stack = options.stack or bool(options.slices)
+    if stack:
         found = _stacked(found)
     for number, count, frame in found:
         planes = frame.pixels.shape[2]
-        if planes != options.channels and not (planes in (1, 3) and options.channels in (1, 3)):
+        grey_or_rgb = planes in (1, 3) and options.channels in (1, 3) and not stack
+        if planes != options.channels and not grey_or_rgb:
             hint = f"; its {count} frames are, with --stack" if planes * count == options.channels else ""
+            hint = f"; --frames {options.channels} takes so many" if stack and planes > options.channels else hint
             raise DataError(f"an image of {planes} planes where --channels says {options.channels}{hint}")
         small = shrink(frame.pixels, options.short_side)
         stored = encode(fill_bits(Frame(small, frame.full), options.bits), options.quality * bool(options.short_side))
@@ -115,7 +148,11 @@ def _stacked(found: Iterator[tuple[int, int, Frame]]) -> Iterator[tuple[int, int
     parts = [frame for _, _, frame in found]
     kinds = {(part.pixels.shape[:2], part.pixels.dtype, part.full) for part in parts}
     if len(kinds) != 1:
-        raise DataError(f"{len(parts)} frames of several sizes or depths cannot be the channels of one image")
+        sizes = sorted({f"{width} x {height}, {8 * dtype.itemsize} bits" for (height, width), dtype, _ in kinds})
+        raise DataError(
+            f"{len(parts)} slices or frames of several sizes or depths cannot be the channels of one image: "
+            f"{'; '.join(sizes[:4])}{' ...' if len(sizes) > 4 else ''}"
+        )
     yield 0, 1, Frame(np.concatenate([part.pixels for part in parts], axis=2), parts[0].full)
 
 

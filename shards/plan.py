@@ -28,7 +28,7 @@ class Plan:
 
 
 def plan(rows: list[Row], options: BuildOptions, drop: frozenset[str] = frozenset()) -> Plan:
-    sized = [(row, *_stat(row.image)) for row in rows]
+    sized = [(row, *_stats(row)) for row in rows]
     sized.sort(key=lambda item: (name_digest(item[0].name), item[0].name))
     most, limit = rows_or_bytes(options.shard_size)
     start = options.digest() + repr(sorted(drop)).encode()
@@ -41,7 +41,8 @@ def plan(rows: list[Row], options: BuildOptions, drop: frozenset[str] = frozense
             room = limit
         room -= expected
         shards[-1].append(row)
-        said = [str(getattr(row, f.name)) for f in fields(row) if f.name not in ("image", "mask")]
+        said = [str(getattr(row, f.name)) for f in fields(row) if f.name not in ("image", "mask", "slices")]
+        said += [path.name for path in row.slices]
         whole.update(repr((size, said)).encode())
         states[-1].update(repr((size, said, changed, row.mask and _stat(row.mask))).encode())
     return Plan(shards, whole.hexdigest(), [state.hexdigest() for state in states])
@@ -50,6 +51,12 @@ def plan(rows: list[Row], options: BuildOptions, drop: frozenset[str] = frozense
 def _expected(size: int, options: BuildOptions) -> int:
     """Bytes of a file's samples, roughly: a shrunken photograph has half a byte for each pixel of its square."""
     return min(size, options.short_side**2 * options.channels // 6 + 2000) if options.short_side else size
+
+
+def _stats(row: Row) -> tuple[int, list[int]]:
+    """Bytes of all its files, and when each was changed."""
+    found = [_stat(path) for path in row.slices or (row.image,)]
+    return sum(size for size, _ in found), [changed for _, changed in found]
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -31,6 +31,7 @@ class Row:
     split: str = ""
     text: str = ""
     mask: Path | None = None
+    slices: tuple[Path, ...] = ()  # all files of the image, where each holds one of its channels (slices.py)
     meta: dict[str, str] = field(default_factory=dict)
 
 

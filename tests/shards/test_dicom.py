@@ -5,14 +5,20 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
+import imagecodecs
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_voi_lut
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, RLELossless, SecondaryCaptureImageStorage
@@ -172,6 +178,65 @@ def test_colour_and_compressed_files(tmp_path: Path) -> None:
     plain = grey(packed(tmp_path, file, overwrite=True))
     file.compress(RLELossless)
     assert np.array_equal(grey(packed(tmp_path, file, overwrite=True)), plain)
+
+
+def lossless_jpeg(values: np.ndarray) -> bytes:
+    return imagecodecs.jpeg8_encode(values, lossless=True, bitspersample=12)
+
+
+@pytest.mark.parametrize(
+    ("syntax", "encode"),
+    [
+        pytest.param(uid.JPEGLossless, lossless_jpeg, id="JPEG lossless"),
+        pytest.param(uid.JPEGLosslessSV1, lossless_jpeg, id="JPEG lossless, first order"),
+        pytest.param(uid.JPEGLSLossless, imagecodecs.jpegls_encode, id="JPEG-LS"),
+        pytest.param(uid.JPEG2000Lossless, partial(imagecodecs.jpeg2k_encode, codecformat="j2k"), id="JPEG 2000"),
+    ],
+)
+def test_lossless_compression_changes_no_value(
+    tmp_path: Path, syntax: str, encode: Callable[[np.ndarray], bytes]
+) -> None:
+    """12 bits in two frames, written by another library than the one that reads them."""
+    frames = np.stack([ramp(0, 4095, np.uint16), ramp(4095, 7, np.uint16)])
+    plain = packed(tmp_path, make(frames), window="2048,4096")
+    file = make(frames)
+    file.file_meta.TransferSyntaxUID = syntax
+    file.PixelData = encapsulate([encode(frame) for frame in frames])
+    file["PixelData"].VR = "OB"
+    there = packed(tmp_path, file, window="2048,4096", overwrite=True)
+    assert [there.read(i).image for i in range(2)] == [plain.read(i).image for i in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("syntax", "words"),
+    [
+        (uid.MPEG2MPML, r"MPEG2 Main Profile / Main Level cannot be read here: convert the file"),
+        (uid.HTJ2KLossless, r"needs another package: pip install pylibjpeg>=2.0 pylibjpeg-openjpeg>=2.0"),
+        (uid.JPEG2000Lossless, r"cannot be decoded \(\w+; JPEG 2000 Image Compression \(Lossless Only\)\)"),
+        ("1.2.3.4711.24680.13579", r"its transfer syntax is unknown"),
+    ],
+)
+def test_what_cannot_be_decoded_says_what_is_missing(tmp_path: Path, syntax: str, words: str) -> None:
+    save(make(ramp(0, 99, np.uint16)), tmp_path / "in/good.dcm")
+    file = make(ramp(0, 99, np.uint16))
+    known = uid.JPEG2000Lossless if syntax.startswith("1.2.3.") else uid.UID(syntax)
+    file.file_meta.TransferSyntaxUID = known
+    file.PixelData = encapsulate([b"no picture"])
+    file["PixelData"].VR = "OB"
+    written = save(file, tmp_path / "in/bad.dcm")
+    written.write_bytes(written.read_bytes().replace(known.encode(), syntax.encode()))
+    built = build(tmp_path / "in", tmp_path / "out", options=replace(OPTIONS, keep_paths=True))
+    assert (len(built.index), built.quarantined) == (1, 1)
+    line = json.loads((tmp_path / "out/quarantine.jsonl").read_text())
+    assert line["path"] == "bad.dcm"
+    assert re.search(words, line["reason"])
+    assert "4711" not in line["reason"]
+
+
+def test_without_a_decoder_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = SimpleNamespace(is_available=False, missing_dependencies=["pylibjpeg - requires x", "gdcm - requires y"])
+    monkeypatch.setattr("pydicom.pixels.get_decoder", lambda syntax: decoder)
+    assert dicom._syntax(uid.JPEGLossless).endswith("needs another package: pip install 'hybridssl[dicom]'")
 
 
 def test_a_file_from_before_there_were_headers(tmp_path: Path) -> None:
