@@ -18,7 +18,7 @@ class OptimOptions:
     lr: float = 1e-3  # for a batch of 1,024 images; scaled by sqrt(batch / 1024) (DINOv2)
     final_lr: float = 1e-6  # at the end of the cosine, not scaled
     warmup: float = 0.1  # share of the run with a rising learning rate
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     weight_decay: tuple[float, float] = (0.04, 0.4)  # cosine from first to second
     layer_decay: float = 1.0  # learning rate x this per block, from the last to the first
     patch_embed_lr: float = 0.2  # further factor of the patch embedding (MoCo v3: it is what diverges first)

@@ -30,28 +30,28 @@ class ViewOptions:
     """Crops, colour and masks. The defaults are DINO's (arXiv 2104.14294), for masks DINOv2's; `vflip` is ours."""
 
     global_size: int = 224  # pixels; a multiple of the patch
-    local_size: int = 96
+    local_size: int = 96  # pixels; a multiple of the patch
     local_count: int = 8  # 0: global views only
     global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
-    local_scale: tuple[float, float] = (0.05, 0.32)
+    local_scale: tuple[float, float] = (0.05, 0.32)  # the same of local views
     clean_scale: tuple[float, float] = (0.8, 1.0)  # share of the centred square that evaluation sees
     aspect: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of a crop before it is made square
-    hflip: float = 0.5  # probabilities from here on, unless said otherwise
-    vflip: float = 0.5  # a close-up, a scan or a tile has no up; 0 for X-rays and for people
-    jitter: float = 0.8
-    brightness: float = 0.4  # strengths: the factor is drawn from 1 - s .. 1 + s
-    contrast: float = 0.4
-    saturation: float = 0.2
+    hflip: float = 0.5  # probability of left for right
+    vflip: float = 0.5  # of up for down: a close-up, a scan or a tile has no up; 0 for X-rays and for people
+    jitter: float = 0.8  # probability that colours change, by the four strengths below
+    brightness: float = 0.4  # strength s: the factor is drawn from 1 - s .. 1 + s
+    contrast: float = 0.4  # strength, likewise
+    saturation: float = 0.2  # strength, likewise
     hue: float = 0.1  # strength, in turns of the colour circle
-    grayscale: float = 0.2
-    solarize: float = 0.2  # second global view only
-    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # first global view, second, local views
+    grayscale: float = 0.2  # probability
+    solarize: float = 0.2  # probability, of the second global view only
+    blur: tuple[float, float, float] = (1.0, 0.1, 0.5)  # probability for the first global view, the second, local views
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     mask_probability: float = 0.5  # share of the global views that are masked
     mask_ratio: tuple[float, float] = (0.1, 0.5)  # share of such a view's patches
     mask_shape: Shape = "block"  # random: single patches (MAE); inverse_block: all but one rectangle (CAPI)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per channel, in 0..1; one number serves all channels
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)  # likewise
 
     def __post_init__(self) -> None:
         def need(name: str, good: bool, what: str) -> None:

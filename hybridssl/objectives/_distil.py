@@ -20,11 +20,11 @@ class DistilOptions(ObjectiveOptions):
     prototypes: int = 4096  # K: 1k to 8k serve small data, 65,536 and more serve millions of images
     hidden: int = 2048  # width of the head's MLP
     bottleneck: int = 256  # width of the unit vectors that meet the prototypes
-    student_temperature: float = 0.1
-    teacher_temperature: float = 0.07
-    teacher_temperature_start: float = 0.04
+    student_temperature: float = 0.1  # by which the student's cosines are divided
+    teacher_temperature: float = 0.07  # by which the teacher's are, after the warm-up; lower is sharper
+    teacher_temperature_start: float = 0.04  # and at the start
     temperature_warmup: float = 0.3  # share of the run over which the teacher's temperature rises linearly
-    centering: Literal["sinkhorn", "mean"] = "sinkhorn"
+    centering: Literal["sinkhorn", "mean"] = "sinkhorn"  # what keeps prototypes in use: Sinkhorn (DINOv2) or a mean (DINO)
     centre_momentum: float = 0.9  # of mean centering
     freeze_last: float = 0.01  # share of the run for which the prototypes do not move
 

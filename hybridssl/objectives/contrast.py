@@ -21,7 +21,7 @@ from hybridssl.types import Batch, ViewTokens
 class Options(ObjectiveOptions):
     hidden: int = 4096  # width of both MLPs
     bottleneck: int = 256  # width of the unit vectors that are compared
-    temperature: float = 0.2
+    temperature: float = 0.2  # by which cosines are divided
 
 
 class Target(NamedTuple):

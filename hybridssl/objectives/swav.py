@@ -20,10 +20,10 @@ from hybridssl.types import Batch, ViewTokens
 
 @dataclass(frozen=True)
 class Options(ObjectiveOptions):
-    prototypes: int = 3000
+    prototypes: int = 3000  # clusters
     hidden: int = 2048  # width of the projection's MLP
     bottleneck: int = 128  # width of the unit vectors that meet the prototypes
-    temperature: float = 0.1
+    temperature: float = 0.1  # by which the student's cosines are divided
     epsilon: float = 0.05  # temperature of the codes
     queue: int = 0  # earlier images that share in the balance of the codes: 3,840 for batches of 256; 0: none
     freeze_last: float = 0.01  # share of the run for which the prototypes do not move
