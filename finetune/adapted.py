@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 
 from finetune.adapters import Classifier, LinearHead
 from finetune.backbones import load
-from finetune.encoder import Encoder, weights_sha256
+from finetune.encoder import Encoder
 from finetune.foreign import forward_of
 from finetune.task import Task
 from hybridssl.errors import UserError
 from hybridssl.export import NOT_EXPORTED, TOLERANCE
 from hybridssl.views import normalise
+from hybridssl.weights import weights_sha256
 
 
 def save(folder: Path, classifier: Classifier, work: Task, trained_on: np.ndarray, about: dict[str, Any]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hybridssl.errors import UserError
 from hybridssl.views import normalise
+from hybridssl.weights import weights_sha256
 
 Pair = tuple[Tensor, "Tensor | None"]  # cls [N, D], patches [N, P, D] or None
 
@@ -52,16 +53,6 @@ class Encoder:
         if patches is None:
             raise UserError(f"{self.name} has no patch features")
         return patches.float().cpu()
-
-
-def weights_sha256(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and bytes of a state dict, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def from_model(model: nn.Module, forward: Callable[[Tensor], Pair], **about: Any) -> Encoder:

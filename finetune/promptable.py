@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.encoder import weights_sha256
 from finetune.foreign import reason_of
 from hybridssl import hub
 from hybridssl.errors import UserError
 from hybridssl.views import normalise
+from hybridssl.weights import weights_sha256
 
 Array = np.ndarray
 KINDS = {"box": 0, "point": 1, "points": 3}  # kind of prompt -> its number of points
