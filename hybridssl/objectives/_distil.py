@@ -24,7 +24,7 @@ class DistilOptions(ObjectiveOptions):
     teacher_temperature: float = 0.07  # by which the teacher's are, after the warm-up; lower is sharper
     teacher_temperature_start: float = 0.04  # and at the start
     temperature_warmup: float = 0.3  # share of the run over which the teacher's temperature rises linearly
-    centering: Literal["sinkhorn", "mean"] = "sinkhorn"  # what keeps prototypes in use: Sinkhorn (DINOv2) or a mean (DINO)
+    centering: Literal["sinkhorn", "mean"] = "sinkhorn"  # what keeps all prototypes in use (DINOv2; DINO)
     centre_momentum: float = 0.9  # of mean centering
     freeze_last: float = 0.01  # share of the run for which the prototypes do not move
 
