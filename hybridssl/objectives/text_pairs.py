@@ -26,7 +26,7 @@ BIAS = -10.0  # SigLIP's first: nearly all pairs are negative (3.2)
 
 @dataclass(frozen=True)
 class Options(ObjectiveOptions):
-    loss: Literal["clip", "siglip"] = "clip"
+    loss: Literal["clip", "siglip"] = "clip"  # a softmax over the batch, or a sigmoid for each pair
     tower: Literal["frozen", "lora", "trained"] = "frozen"  # how the text encoder (text.encoder) takes part
     tower_lr: float = 0.1  # factor of the learning rate for a tower that moves: it has been trained already
     width: int = 512  # of the space that images and reports share
