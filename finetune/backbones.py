@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finetune import foreign
 from finetune.encoder import Encoder, Pair, from_model, histogram
-from hybridssl import run
+from hybridssl import run, trust
 from hybridssl.backbone import BackboneOptions, build
 from hybridssl.errors import UserError
 from hybridssl.recipe import resolve
@@ -117,18 +117,20 @@ def _run(folder: Path, fresh: bool, device: str, size: int | None) -> Encoder:
 def _export(folder: Path, fresh: bool, device: str, size: int | None) -> Encoder:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no mapping")
         about = config.get("pretrained_cfg") or {}
         if "architecture" not in config:
             raise UserError(
                 f"{folder}/config.json names no timm architecture; if transformers made it, use hf:{folder}"
             )
-    except (OSError, ValueError) as error:
+        architecture, arguments = trust.config(config, f"{folder}/config.json")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}/config.json cannot be read ({error}): export the backbone again") from error
     if fresh:
-        model = foreign.create(
-            str(folder), config["architecture"], size, pretrained=False, **config.get("model_args", {})
-        )
+        model = foreign.create(str(folder), architecture, size, pretrained=False, **arguments)
     else:
+        trust.folder(folder)
         model = foreign.create(str(folder), f"local-dir:{folder}", size, pretrained=True)
     own_size = about.get("input_size", (3, 224, 224))
     return from_model(

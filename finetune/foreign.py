@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.encoder import Encoder, Pair, from_model
-from hybridssl import hub
+from hybridssl import hub, trust
 from hybridssl.errors import UserError
 
 
@@ -62,6 +63,7 @@ def from_timm(spec: str, fresh: bool, device: str, size: int | None) -> Encoder:
         if isinstance(cached, str) and cached.endswith(".safetensors"):
             arguments["pretrained_cfg_overlay"] = {"file": cached}  # on this machine already: no request to the hub
         else:
+            arguments["pretrained_cfg_overlay"] = trust.released(name)
             hub.require(spec)
     model = create(spec, name, size, pretrained=not fresh, **arguments)
     about = resolve_data_config({}, model=model)
@@ -108,6 +110,7 @@ def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> 
         hub.require(spec)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     absent: set[str] = set()
+    _check_timm(Path(name) / "config.json")
     try:
         about = _hf_geometry(AutoImageProcessor.from_pretrained(name, **options))
         if fresh:
@@ -134,6 +137,16 @@ def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> 
     except (ValueError, RuntimeError) as error:  # SAM, say, has position embeddings of one size
         raise UserError(f"{spec} does not run at {about['input_size']} px: {reason_of(error)}") from error
     return from_model(model, forward, name=spec, dim=dim, device=device, **about)
+
+
+def _check_timm(path: Path) -> None:
+    """UserError when transformers would hand timm a config.json that asks for more than an architecture."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {reason_of(error)}") from error
+    if not isinstance(about, dict) or "architecture" in about:
+        trust.config(about, str(path))
 
 
 def image_half(model: Any, absent: set[str]) -> tuple[Any, set[str]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from hybridssl import cnn
+from hybridssl import cnn, trust
 from hybridssl.errors import UserError
 from hybridssl.vit import UNEQUAL, Backbone, BackboneOptions, Crops
 
@@ -43,9 +43,9 @@ def build(options: BackboneOptions, channels: int = 3, image_size: int = 224) ->
     if options.name not in timm.list_models():
         near = difflib.get_close_matches(options.name, timm.list_models(), 3, 0.3)
         raise UserError(f"backbone.name: timm has no '{options.name}'; near: {', '.join(near)}")
+    args = trust.arguments(options.args, "backbone.args")
     if cnn.is_convolutional(options.name):
         return cnn.build(options, channels, image_size)
-    args = dict(options.args)
     if options.registers is not None:
         args["reg_tokens"] = options.registers
     size = options.image_size or image_size
@@ -95,9 +95,10 @@ def _read_weights(options: BackboneOptions) -> dict[str, Tensor]:
     path = Path(source)
     try:
         if source == "pretrained":
-            return timm.create_model(options.name, pretrained=True, num_classes=0).state_dict()
+            return _released(options.name, trust.released(options.name))
         if path.is_dir():
-            return load_file(path / "model.safetensors")
+            trust.folder(path)
+            return load_file(path / trust.WEIGHTS)
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.exists() or source.count("/") != 1:
@@ -105,7 +106,7 @@ def _read_weights(options: BackboneOptions) -> dict[str, Tensor]:
                 f"backbone.weights={source}: neither 'pretrained', a folder with model.safetensors, a .safetensors "
                 "file nor a hub id org/name (files that need pickle are not read; convert them to safetensors first)"
             )
-        return timm.create_model(f"hf-hub:{source}", pretrained=True, num_classes=0).state_dict()
+        return _released(f"hf-hub:{source}", {"hf_hub_filename": trust.WEIGHTS})
     except UserError:
         raise
     except Exception as error:  # hub, network and file errors come in a dozen types of four libraries
@@ -113,6 +114,10 @@ def _read_weights(options: BackboneOptions) -> dict[str, Tensor]:
             f"cannot load backbone.weights={source}: {type(error).__name__}: {str(error).splitlines()[0][:200]}. "
             "Give a local folder or file, or check the name and the network"
         ) from error
+
+
+def _released(name: str, overlay: dict[str, str]) -> dict[str, Tensor]:
+    return timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay).state_dict()
 
 
 def _fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

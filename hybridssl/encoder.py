@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hybridssl import hub
 from hybridssl.errors import UserError
 
 MAX_TOKENS = 64
-LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError)  # what transformers raises for a model that is not there
+# What transformers raises for a model that is not there, or not whole.
+LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 def resolve(encoder: str) -> str:
@@ -56,8 +58,12 @@ def _load(folder: str, local: bool) -> tuple[Any, Any, str]:
     from transformers.utils.hub import cached_file
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=local)
-    model = AutoModel.from_pretrained(folder, local_files_only=local, use_safetensors=True, dtype=torch.float32)
+    where: Any = {"local_files_only": local}
+    # Without a word on remote code, transformers asks the terminal whether to run it.
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+    model = AutoModel.from_pretrained(
+        folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **where
+    )
     if model.config.is_encoder_decoder:
         model = model.get_encoder()
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}

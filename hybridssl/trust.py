@@ -1,0 +1,62 @@
+"""What a file that others made may ask for when a model is built from it: weights in safetensors, and nothing else.
+
+timm reads pickles where a folder or a repository has no safetensors, loads whatever file `checkpoint_path` names, and
+takes `hf-hub:...` for an architecture. None of that may come from a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hybridssl.errors import UserError
+
+WEIGHTS = "model.safetensors"
+# Arguments of timm.create_model that say where weights come from: those of `backbone.weights` and no others do.
+REFUSED = ("checkpoint_path", "cache_dir")
+
+
+def arguments(given: Any, where: str) -> dict[str, Any]:
+    """Further arguments of an architecture. UserError when one of them names a place that weights come from."""
+    if not isinstance(given, Mapping):
+        raise UserError(f"{where} is no mapping of arguments: {given!r}")
+    wrong = [str(name) for name in given if str(name) in REFUSED or str(name).startswith("pretrained")]
+    if wrong:
+        raise UserError(f"{where} names {', '.join(wrong)}: weights come from backbone.weights alone, as safetensors")
+    return dict(given)
+
+
+def config(about: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """(architecture, arguments) of a config.json in timm's layout. UserError when it asks for more than that."""
+    import timm
+
+    if not isinstance(about, Mapping):
+        raise UserError(f"{where} holds no mapping")
+    name = about.get("architecture")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise UserError(f"{where}: timm has no architecture {str(name)[:80]!r}")
+    return name, arguments(about.get("model_args") or {}, f"{where}: model_args")
+
+
+def folder(path: Path) -> None:
+    """UserError unless the folder has its weights as safetensors: timm would go on to pickles."""
+    if not (path / WEIGHTS).is_file():
+        there = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pth", ".pt", ".pkl"))
+        hint = f"; {there[0]} is a pickle, which can run code and is not read: convert it first" if there else ""
+        raise UserError(f"{path} has no {WEIGHTS}{hint}")
+
+
+def released(name: str) -> dict[str, str]:
+    """`pretrained_cfg_overlay` with which timm fetches its released weights as safetensors. UserError: there are none.
+
+    timm asks for a repository's safetensors first, and then for its pickle; with the name there is no second.
+    """
+    import timm
+
+    about = timm.get_pretrained_cfg(name)
+    file = (about and about.hf_hub_filename) or "pytorch_model.bin"
+    if about is None or not about.hf_hub_id or not file.endswith((".bin", ".safetensors")):
+        raise UserError(f"timm has the weights of {name} only as a pickle, which can run code and is not read")
+    known = {"pytorch_model.bin": WEIGHTS, "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
+    return {"hf_hub_filename": known.get(file, file.removesuffix(".bin").removesuffix(".safetensors") + ".safetensors")}
