@@ -1,6 +1,7 @@
 """A run's backbone -> a folder in timm's hub layout that timm and transformers load unchanged, checked first.
 
 config.json  model.safetensors     what the two libraries read
+model.onnx                         the same for runtimes without PyTorch, where asked for
 README.md                          the model card
 pretraining.json  .safetensors     what was read in pretraining: counts, recipe, image digests
 """
@@ -8,11 +9,9 @@ pretraining.json  .safetensors     what was read in pretraining: counts, recipe,
 from __future__ import annotations
 
 import json
-import logging
+import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,42 +21,57 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybridssl import onnx_file
 from hybridssl.backbone import Backbone
 from hybridssl.card import card
 from hybridssl.errors import UserError
+from hybridssl.quiet import quiet
 from hybridssl.run import latest, load_backbone
+from hybridssl.stated import Stated
+from hybridssl.weights import weights_sha256
 
 TOLERANCE = 1e-5
 # TimmWrapper gives num_classes itself, and twice is an error; stochastic depth is a choice of the training.
 NOT_EXPORTED = ("num_classes", "drop_path_rate")
+HUB_IDS, SENTENCES = ("weights", "encoder"), ("templates",)  # keys of the recipe
 PRETRAINING = ("index_sha256", "splits", "samples", "sources", "classes", "synthetic")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an export did. The parity figures are largest absolute differences over all tokens of all test images."""
+    """What an export did."""
 
     out: Path
     step: int
-    parity_timm: float
-    parity_transformers: float
+    parity: Mapping[str, float]  # library -> largest absolute difference over all features of all test images
+    results: int  # results.json that the card shows
 
 
 def export(
-    run: str | Path, out: str | Path, which: str = "teacher", license: str = "", overwrite: bool = False
+    run: str | Path,
+    out: str | Path,
+    which: str = "teacher",
+    stated: Stated | None = None,
+    overwrite: bool = False,
+    onnx: bool = False,
 ) -> Report:
     """Export the newest checkpoint of `run` (or one checkpoint folder). `out` appears whole and checked, or not at all.
 
-    UserError: not a run, `out` in the way, or features that differ by more than TOLERANCE in either library.
+    UserError: not a run, `out` in the way, results of other weights, or features that differ in any of the libraries.
     """
     checkpoint, out = latest(run), Path(out).resolve()
     _check_room(out, overwrite)
+    if onnx:
+        onnx_file.require()
     backbone, state = load_backbone(checkpoint, which)
     partial = out.with_name(out.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        report = _write(partial, out, backbone, state, checkpoint.parent.parent, which, license)
+        read = checkpoint.parent.parent / "pretraining.safetensors"
+        if read.is_file():
+            shutil.copyfile(read, partial / read.name)
+        report = _write(partial, out, backbone, state, which, stated or Stated(), onnx)
         _swap(partial, out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
@@ -76,20 +90,24 @@ def _swap(partial: Path, out: Path) -> None:
 
 
 def _write(
-    folder: Path, out: Path, backbone: Backbone, state: Mapping[str, Any], run: Path, which: str, license: str
+    folder: Path, out: Path, backbone: Backbone, state: Mapping[str, Any], which: str, stated: Stated, onnx: bool
 ) -> Report:
-    config = timm_config(backbone, state["backbone"])
-    _write_json(folder / "config.json", config)
     tensors = {k: v.detach().cpu().contiguous() for k, v in backbone.model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    parity = check_parity(backbone, folder, config["pretrained_cfg"]["input_size"])
-    about = pretraining(state)
+    results = stated.of(weights_sha256(tensors))
+    config, about = timm_config(backbone, state["backbone"]), pretraining(state)
+    _write_json(folder / "config.json", config)
     _write_json(folder / "pretraining.json", about)
-    if (run / "pretraining.safetensors").is_file():
-        shutil.copyfile(run / "pretraining.safetensors", folder / "pretraining.safetensors")
-    text = card(out.name, config, backbone.prefix if backbone.maskable else 0, about, which, license, parity)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    size = config["pretrained_cfg"]["input_size"]
+    parity = check_parity(backbone, folder, size)
+    if onnx:
+        parity["onnxruntime"] = onnx_file.check(
+            backbone, onnx_file.write(folder, size), _images(size, backbone.patch_size)
+        )
+    prefix = backbone.prefix if backbone.maskable else 0
+    text = card(out.name, config, prefix, about, which, parity, stated, results)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return Report(out, state["step"], parity["timm"], parity["transformers"])
+    return Report(out, state["step"], parity, len(results))
 
 
 def _check_room(out: Path, overwrite: bool) -> None:
@@ -135,13 +153,21 @@ def pretraining(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**data, "step": state["step"], "images": state["images"], "recipe": recipe}
 
 
-def _portable(value: Any) -> Any:
-    """Absolute paths -> their last part: folder names tell more about a hospital than a published model should."""
+def _portable(value: Any, key: str = "") -> Any:
+    """Paths and addresses -> their last part: folders and buckets tell more of a hospital than a published model should.
+
+    Hub ids, which say where weights came from, and sentences stay.
+    """
     if isinstance(value, Mapping):
-        return {k: _portable(v) for k, v in value.items()}
+        return {k: _portable(v, k) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_portable(v) for v in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+        return [_portable(v, key) for v in value]
+    if not isinstance(value, str) or not re.search(r"[/\\]", value) or key in SENTENCES:
+        return value
+    if key in HUB_IDS and re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+        return value
+    parts = (part.partition("?")[0].rstrip("/\\ ") for part in value.split(","))  # a signed address carries its key
+    return ",".join(re.split(r"[/\\]", part)[-1] for part in parts)
 
 
 # --------------------------------------------------------------------------------------------------------- the check
@@ -160,7 +186,7 @@ def check_parity(backbone: Backbone, folder: Path, input_size: list[int]) -> dic
     for library, load in LOADERS.items():
         advice = f"install the {library} version of constraints.txt, which is known to agree"
         try:
-            with _quiet():
+            with quiet():
                 model = load(folder)
             theirs = [model(x) for x in images]
             found[library] = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
@@ -197,7 +223,7 @@ def _with_transformers(folder: Path) -> Callable[[Tensor], Tensor]:
     from transformers.utils import logging as chatter
 
     chatter.disable_progress_bar()
-    model = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+    model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False).eval()
 
     def tokens(images: Tensor) -> Tensor:
         out = model(pixel_values=images)
@@ -212,18 +238,6 @@ def _joined(pooled: Tensor, cells: Tensor) -> Tensor:
 
 
 LOADERS = {"timm": _with_timm, "transformers": _with_transformers}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Both libraries remark on loading; here only the outcome counts."""
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
