@@ -23,7 +23,7 @@ from finetune.results import Result, find
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.page import Markup, Page, inline
-from hybridssl.run import write_text
+from hybridssl.files import write_text
 
 WIDE = 9  # a result with more figures than this is named and linked; its own page shows them
 ABOUT = {

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from finetune.metrics import Interval
 from finetune.splits import Leaks
 from hybridssl.errors import UserError
-from hybridssl.run import write_text
+from hybridssl.files import write_text
 
 FORMAT, VERSION = "hybridssl-results", 1
 NEEDED = ("protocol", "backbone", "data", "metrics", "selected", "seeds", "cost", "leaks")

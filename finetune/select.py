@@ -42,7 +42,7 @@ from finetune.task import CARVED
 from hybridssl.errors import UserError
 from hybridssl.page import Markup, Page, inline
 from hybridssl.probe import neighbours
-from hybridssl.run import write_text
+from hybridssl.files import write_text
 from shards.index import Index
 
 Array = np.ndarray

@@ -23,7 +23,7 @@ from rich.table import Table
 from finetune import studies, study_page
 from finetune.studies import Study
 from hybridssl.errors import UserError
-from hybridssl.run import write_text
+from hybridssl.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

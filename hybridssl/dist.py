@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,15 @@ def all_gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
     dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
+
+
+def gather_objects(mine: Any) -> list[Any]:
+    """What every process gives, in their order. For small things, and rarely: the host waits."""
+    if not _several():
+        return [mine]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, mine)
+    return found
 
 
 def all_agree(mine: bool) -> bool:

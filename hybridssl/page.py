@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from hybridssl.run import write_text
+from hybridssl.files import write_text
 
 COLOURS = ["#3b76d9", "#e07b39", "#2f9e6e", "#c44e8b", "#8a63d2", "#c9a227", "#2aa5b8", "#d64545", "#7a8b3c", "#8d6e63"]
 GREY = "#9aa0a6"

@@ -1,80 +1,70 @@
-"""The run folder: checkpoints as safetensors + JSON, written beside, synced, renamed; found and read again."""
+"""The run folder: its checkpoints found, checked and read again. `hybridssl/checkpoint.py` writes them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from dataclasses import dataclass
-from importlib.metadata import version
+import sys
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hybridssl import lora, optim
 from hybridssl.backbone import Backbone, BackboneOptions, build
 from hybridssl.errors import UserError
+from hybridssl.files import sha256
 from hybridssl.recipe import resolve
 
 FORMAT = "hybridssl-run"
 VERSION = 1
+NEEDED = {"step": int, "recipe": dict, "backbone": dict, "data": dict, "sha256": dict}
 
 
 @dataclass
 class RunState:
-    """All that a resumed run needs, by name. The position in the stream is `images`; seeds are in the recipe, since
-    every draw is a function of (seed, position) or (seed, step, rank)."""
+    """All that a resumed run needs, by name. Seeds are in the recipe: every draw is a function of them and of position,
+    or of step and process."""
 
     step: int
-    images: int  # images drawn from the stream so far, over all ranks
+    images: int  # images learnt from so far, over all ranks
     recipe: dict[str, Any]  # the resolved recipe
     backbone: dict[str, Any]  # options, channels, image_size, mean, std: enough to rebuild it
-    data: dict[str, Any]  # index, index_sha256, splits, samples, sources, classes, synthetic
+    data: dict[str, Any]  # index, index_sha256, splits, samples, position in the stream, sources, classes, synthetic
     machine: str = ""  # what it runs on, for the report
-
-
-def save(
-    run: Path, state: RunState, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer, keep: int = 2
-) -> Path:
-    """Write checkpoints/step-N so that it is there whole or not at all, then point `latest` at it."""
-    folder = run / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    final, partial = folder / f"step-{state.step}", folder / f"step-{state.step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    tensors = {f"student.{k}": v for k, v in student.state_dict().items()}
-    tensors |= {f"teacher.{k}": v for k, v in teacher.state_dict().items()}
-    _save_tensors(tensors, partial / "model.safetensors")
-    _save_tensors(dict(optim.named_state(optimizer, student)), partial / "optim.safetensors")
-    document = {"format": FORMAT, "version": VERSION, **vars(state)}
-    document["sha256"] = {p.name: sha256(p) for p in sorted(partial.glob("*.safetensors"))}
-    document["versions"] = {name: version(name) for name in ("torch", "timm")}
-    write_text(partial / "state.json", json.dumps(document, indent=1))
-    _sync(partial)
-    if final.exists():  # a rerun from an older step writes this one again
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    write_text(folder / "latest", final.name)
-    _sync(folder)
-    for old in sorted(folder.glob("step-*[0-9]"), key=_step_of)[:-keep]:
-        shutil.rmtree(old)
-    return final
+    guard: dict[str, Any] = field(default_factory=dict)  # the gradient norms by which it judges a step
 
 
 def latest(run: Path | str) -> Path:
-    """The newest whole checkpoint of a run folder, or the checkpoint folder itself if that was given."""
+    """The newest whole checkpoint of a run folder, or the checkpoint folder itself if that was given.
+
+    A damaged one is named on stderr, and the one before it is taken. Raises UserError when none is whole.
+    """
     run = Path(run)
     if (run / "state.json").is_file():
         return run
-    found = sorted((p.parent for p in run.glob("checkpoints/step-*[0-9]/state.json")), key=_step_of)
+    found = checkpoints(run)
     if not found:
         raise UserError(f"{run} holds no checkpoint (looked for checkpoints/step-N/state.json); is it a run folder?")
-    return found[-1]
+    for folder in found:
+        damage = _damage(folder)
+        if not damage:
+            return folder
+        _say_once(f"warning: {damage}; the checkpoint before it is used")
+    raise UserError(f"{run} holds no whole checkpoint: {_damage(found[0])}")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders of a run's checkpoints, the newest first, looked at from outside only."""
+    return sorted(run.glob("checkpoints/step-*[0-9]"), key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
 
 
 def read_state(run: Path | str) -> dict[str, Any]:
@@ -82,36 +72,40 @@ def read_state(run: Path | str) -> dict[str, Any]:
     path = latest(run) / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this project")
+    if not isinstance(state.get("version"), int):
+        raise UserError(f"{path} tells no format version: it was changed by hand")
     if state["version"] > VERSION:
         raise UserError(f"{path} has format version {state['version']}, this program reads {VERSION}: update it")
+    missing = [name for name in NEEDED if not isinstance(state.get(name), NEEDED[name])]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: it was changed by hand, or damaged")
     return state
 
 
 def read_tensors(run: Path | str, name: str = "model.safetensors") -> dict[str, Tensor]:
     """A tensor file of the newest checkpoint, checked against the sha256 that state.json recorded."""
     folder = latest(run)
-    path, expected = folder / name, read_state(folder)["sha256"].get(name)
+    damage = _damage(folder)
+    if damage:
+        raise UserError(f"{damage}; take another checkpoint")
     try:
-        if sha256(path) != expected:
-            raise UserError(
-                f"{path} is damaged (its sha256 is not the recorded one); delete {folder} to use an older one"
-            )
-        return load_file(path)
+        return load_file(folder / name)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        raise UserError(f"{folder / name} cannot be read: {error}") from error
 
 
 def resume(run: Path, student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load the newest checkpoint into the three and return its state."""
-    tensors = read_tensors(run)
+    folder = latest(run)
+    tensors = read_tensors(folder)
     for prefix, model in (("student.", student), ("teacher.", teacher)):
         model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-    optim.load_named_state(optimizer, student, read_tensors(run, "optim.safetensors"))
-    return read_state(run)
+    optim.load_named_state(optimizer, student, read_tensors(folder, "optim.safetensors"))
+    return read_state(folder)
 
 
 def load_backbone(run: Path | str, which: str = "teacher") -> tuple[Backbone, dict[str, Any]]:
@@ -132,37 +126,30 @@ def load_backbone(run: Path | str, which: str = "teacher") -> tuple[Backbone, di
     return backbone.eval(), state
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old one or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Ask the disk to keep a file, or a folder's list of names, before anything relies on it."""
-    handle = os.open(path, os.O_RDONLY)
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; "" when they are what state.json recorded."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        recorded = read_state(folder)["sha256"] if (folder / "state.json").is_file() else {}
+    except UserError as error:
+        return str(error)
+    if not recorded:
+        return f"{folder} has no state.json"
+    for name, expected in recorded.items():
+        path = folder / Path(name).name
+        if not path.is_file():
+            return f"{path} is missing"
+        about = path.stat()
+        if _digest(path, about.st_size, about.st_mtime_ns) != expected:
+            return f"{path} is damaged (its sha256 is not the recorded one)"
+    return ""
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.split("-")[1])
+@lru_cache(maxsize=64)
+def _digest(path: Path, size: int, changed: int) -> str:
+    """Of a file as it is now: a checkpoint of gigabytes is not read again for every question."""
+    return sha256(path)
+
+
+@lru_cache(maxsize=64)
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -124,8 +124,10 @@ def _no_tokens(views: Views, backbone: Backbone) -> Tokens:
 
 
 @torch.no_grad()
-def update_teacher(teacher: Student, student: Student, momentum: float) -> None:
+def update_teacher(teacher: Student, student: Student, momentum: float, refused: Tensor | None = None) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, by parameter (mean teacher, 1703.01780).
+
+    refused: scalar on the device, above 0 where the step was not taken: then the teacher's parameters stay too.
 
     The running statistics of batch norms follow too. Other buffers (a running centre, say) and what the student does
     not have (an earlier backbone) stay as they are.
@@ -133,5 +135,10 @@ def update_teacher(teacher: Student, student: Student, momentum: float) -> None:
     followers = dict(teacher.named_parameters())
     # What rests (the weights under low-rank updates) is the same in both.
     pairs = [(followers[name], p) for name, p in student.named_parameters() if p.requires_grad]
-    torch._foreach_lerp_([mine for mine, _ in pairs], [theirs for _, theirs in pairs], 1.0 - momentum)
+    mine, theirs = [one for one, _ in pairs], [one for _, one in pairs]
+    if refused is None:
+        torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
+    else:  # the weight is on the device, for the host does not know yet
+        weight = torch.where(refused > 0, 0.0, 1.0 - momentum)
+        torch._foreach_lerp_(mine, theirs, [weight] * len(mine))
     follow_statistics(teacher, student, momentum)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,13 @@ from hybridssl.views import render
 from pretrain import command, data, fit, garbage, record
 from pretrain import recipe as recipes
 from pretrain.assemble import build_student
+from pretrain.best import Best
+from pretrain.guard import Diverged, Guard, Unchanged
+from pretrain.keeper import Keeper
 from pretrain.probe import InLoopProbe
 from pretrain.recipe import Recipe
-from pretrain.stop import StopSignal
+from pretrain.stop import ENOUGH, Stop
+from pretrain.watchdog import Watchdog
 from shards.errors import DataError
 from shards.index import Index
 
@@ -65,6 +70,9 @@ def main(arguments: Sequence[str]) -> int:
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Diverged as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 3
 
 
 def train(recipe: Recipe) -> int:
@@ -89,21 +97,29 @@ def train(recipe: Recipe) -> int:
     if state:
         run.resume(out, learner, teacher, optimizer)
     model = accelerator.prepare(learner)  # the student alone: the teacher needs no gradients, the loader parts itself
-    step = state["step"] if state else 0
+    step, position = (state["step"], state["data"]["position"]) if state else (0, 0)
 
     # The data: an endless stream of micro-batches, whose order is a function of the seed and the position.
-    clean = "clean" in learner.views
+    patch, clean = learner.backbone.patch_size, "clean" in learner.views
     accumulate = recipe.batch.size // (micro * world)
-    loader = data.loader(recipe, index, clean, learner.backbone.patch_size, step * recipe.batch.size, rank, world)
-    stream = iter(loader)
+    stream = data.Batches(lambda start: data.loader(recipe, index, clean, patch, start, rank, world), index)
+    stream.begin(position)
 
+    # What watches, tells and keeps.
+    guard = Guard(recipe.guard, device, state["guard"] if state else None)
     probe = InLoopProbe(recipe, index) if recipe.probe.every and accelerator.is_main_process else None
     log = record.Record(recipe, accelerator, out, index, step, learner)
+    keeper = Keeper(recipe, accelerator, index, len(log.selected))
+    best = Best(recipe.probe.early_stop, log.lines)
+    stop, watchdog = Stop(), Watchdog(60 * recipe.timeout, rank, stream.whereabouts)
+    if not dist.all_agree(not best.enough):  # it had ended early, and was started again
+        stop.reason = ENOUGH
 
-    with log, garbage.by_hand(), StopSignal() as stop:
+    with log, garbage.by_hand(), watchdog, stop, stream:
         if probe and step == 0 and probe.due(step):
             log.write(step, probe(teacher.backbone, step))
-        while step < recipe.steps and not stop.asked:
+        while step < recipe.steps and not stop.reason:
+            watchdog.beat(f"step {step + 1}")
             progress = step / recipe.steps
             schedule = optim.set_hyperparameters(optimizer, recipe.optim, recipe.batch.size, progress)
             schedule["momentum"] = cosine(*recipe.teacher.momentum, progress)
@@ -114,6 +130,7 @@ def train(recipe: Recipe) -> int:
             with log.meter.waiting():
                 batches = [next(stream).to(device) for _ in range(accumulate)]
             views = [render(batch, recipe.views) for batch in batches]
+            unchanged = Unchanged(learner, teacher)
             with accelerator.autocast():
                 targets = student.targets(teacher, views, batches, progress)
 
@@ -126,47 +143,81 @@ def train(recipe: Recipe) -> int:
                     parts, health = model(view, target, batch, progress, watch and last)
                     accelerator.backward(weighted(parts, recipe, progress) / accumulate)
                 losses = {k: losses.get(k, 0.0) + v.detach() / accumulate for k, v in parts.items()}
+            loss = weighted(losses, recipe, progress)
 
-            for parameter in resting(learner, recipe, progress):
+            still = resting(learner, recipe, progress)
+            for parameter in still:
                 parameter.grad = None
             norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)
             assert norm is not None  # only DeepSpeed clips by itself and tells no norm
-            # The norm holds every loss and every rank. Whether it is finite stays on the device, where the fused AdamW
-            # reads it: asked by the host, each step would wait for its end. The teacher follows, whoever stood still.
-            refused = dist.all_reduce_max((~torch.isfinite(norm)).float())
+            # A bad step is refused on the device, where the fused AdamW reads it: asked by the host, each step would
+            # wait for its end. Nothing of it stays: no weight, no average, no buffer.
+            refused = guard.judge(step + 1, loss, norm, len(still), [key for batch in batches for key in batch.keys])
             optimizer.found_inf = refused  # type: ignore[attr-defined]
             optimizer.step()
-            student.update_teacher(teacher, learner, schedule["momentum"])
+            student.update_teacher(teacher, learner, schedule["momentum"], refused)
+            unchanged.keep(refused)
             optimizer.zero_grad(set_to_none=True)
-            step += 1
+            step, position = step + 1, position + recipe.batch.size
 
             garbage.collect(step)
-            stop.share(watch)
-            log.step(
-                step,
-                batches,
-                losses,
-                weighted(losses, recipe, progress),
-                norm,
-                refused,
-                schedule,
-                health,
-                watch or stop.asked,
-            )
+            stop.share()
+            told = watch or bool(stop.reason)
+            log.step(step, batches, losses, loss, norm, refused, schedule, health, told)
+            if told:
+                log.skipped_steps(guard.read())
+            if guard.lost:
+                step = go_back(out, guard, keeper, log, learner, teacher, optimizer, schedule["lr"])
+                stream.begin(position)  # other images than those that led here
+                continue
+            better = False
             if probe and probe.due(step):
-                log.write(step, probe(teacher.backbone, step))
-            if step % recipe.save.every == 0 or step == recipe.steps or stop.asked:
-                log.save(step, learner, teacher, optimizer)
-    return log.finish(step)
+                found = probe(teacher.backbone, step)
+                log.write(step, found)
+                better = best.better(step, found)
+                if best.enough:
+                    stop.ask(ENOUGH)
+            if keeper.due(step) or stop.reason or better:
+                keeper.save(step, position, learner, teacher, optimizer, guard, better)
+            if told and (complaint := keeper.complaint()):
+                log.say(complaint)
+        watchdog.beat("the last checkpoint")
+        unsaved = keeper.last(step, position, learner, teacher, optimizer, guard)
+    return log.finish(step, stop.reason, unsaved)
+
+
+def go_back(
+    out: Path,
+    guard: Guard,
+    keeper: Keeper,
+    log: record.Record,
+    learner: Student,
+    teacher: Student,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+) -> int:
+    """Return to the newest checkpoint after too many refused steps: its step. Raises Diverged the second time."""
+    keeper.wait()
+    found = run.checkpoints(out)
+    checkpoint = run.latest(out) if found else None
+    if checkpoint is None or checkpoint == guard.returned_to:
+        raise Diverged(guard.diagnosis(lr, log.recipe.precision, str(checkpoint or "the start, as it was")))
+    state = run.resume(checkpoint, learner, teacher, optimizer)
+    guard.back_to(checkpoint, state["guard"])
+    log.back(state["step"], f"{guard.options.patience} steps in a row were refused: back to {checkpoint}, other images")
+    return state["step"]
 
 
 def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
     """The state to resume from, or None for a new run. Raises UserError when `out` holds something else."""
-    if not (out / "checkpoints").is_dir() or not any((out / "checkpoints").glob("step-*[0-9]")):
+    if not run.checkpoints(out):
         return None
+    if recipe.resume == "never":
+        raise UserError(f"{out} holds a run already, and resume=never: choose another out=...")
     state = run.read_state(out)
     chosen = ("precision",) if recipe.precision == "auto" else ()  # by the machine that the run began on
-    changed = differences(state["recipe"], to_dict(recipe), ignore=(*recipes.MAY_CHANGE, *chosen))
+    more = ("steps",) if recipe.steps >= state["recipe"]["steps"] else ()  # its schedules are shares of the run
+    changed = differences(state["recipe"], to_dict(recipe), ignore=(*recipes.MAY_CHANGE, *chosen, *more))
     if changed:
         raise UserError(
             f"{out} is a run of another recipe; these keys differ:\n  " + "\n  ".join(changed) + "\n"
@@ -180,9 +231,10 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
 def with_precision(recipe: Recipe, state: Mapping[str, Any] | None) -> Recipe:
     """`recipe` with its precision: of `auto` what the run began with, else what is faster on this device."""
     chosen = state["recipe"]["precision"] if state and recipe.precision == "auto" else recipe.precision
-    if chosen == "auto":
-        # This starts the group of processes, as Accelerator would: all of them must choose alike.
-        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    # This starts the group of processes, as Accelerator would, but with our patience for one that hangs.
+    limit = timedelta(minutes=recipe.timeout)
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=limit).device
+    if chosen == "auto":  # all of them must choose alike
         assert device is not None  # from here on
         chosen = "bf16" if dist.all_agree(precision.faster_in_bf16(device)) else "no"
     return replace(recipe, precision=chosen)

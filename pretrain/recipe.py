@@ -14,6 +14,7 @@ from hybridssl.objectives import ObjectiveOptions, options_types
 from hybridssl.optim import OptimOptions
 from hybridssl.text import TextOptions
 from hybridssl.views import ViewOptions
+from pretrain.guard import GuardOptions
 from shards.index import ADDRESS, Index
 from shards.mix import open_sets
 from shards.stream import StreamOptions
@@ -69,13 +70,15 @@ class LogOptions:
 @dataclass(frozen=True)
 class SaveOptions:
     every: int = 1000  # steps between checkpoints
-    keep: int = 2  # newest checkpoints to keep
+    keep: int = 2  # newest checkpoints to keep; the one of the best probe stays too
+    keep_every: int = 0  # and those whose step this divides; 0: none
 
 
 @dataclass(frozen=True)
 class ProbeOptions:
     every: int = 1000  # steps between probes; 0: none
     images: int = 2000  # at most so many of each split
+    early_stop: int = 0  # the run ends after so many probes without a better one; 0: never
     keep: str = ""  # folder of a general labelled index, judged before and during the run: is what was there kept?
 
 
@@ -83,11 +86,13 @@ class ProbeOptions:
 class Recipe:
     """All of a run. `key=value` on the command line beats the YAML file, which beats these defaults."""
 
-    name: str = ""
+    name: str = ""  # of the run, in its report; "": the recipe's
     out: str = ""  # run folder
     seed: int = 0  # every random draw follows from it
-    steps: int = 100_000
+    steps: int = 100_000  # how long: steps of batch.size images
     precision: Literal["auto", "bf16", "no"] = "auto"  # auto: bf16 where it is faster, measured as the run begins
+    resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint of `out`, if there is one
+    timeout: float = 30.0  # minutes without a step, a probe or a checkpoint after which a process ends itself as stuck
     threads: int = 0  # CPU threads of a process, where there is no GPU; 0: the machine's cores, parted evenly
     profile: bool = False  # trace some steps into the run folder: what takes the time?
     data: DataOptions = field(default_factory=DataOptions)
@@ -100,14 +105,15 @@ class Recipe:
     objectives: dict[str, ObjectiveOptions] = field(default_factory=dict, metadata={"types": options_types})
     optim: OptimOptions = field(default_factory=OptimOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
+    guard: GuardOptions = field(default_factory=GuardOptions)
     log: LogOptions = field(default_factory=LogOptions)
     save: SaveOptions = field(default_factory=SaveOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)
 
 
 # A resumed run may change these; any other difference would make it another run.
-MAY_CHANGE = ("name", "out", "threads", "profile", "efficiency", "log", "save", "probe", "batch.micro")
-MAY_CHANGE += ("data.workers", "data.cache", "data.cache_size")
+MAY_CHANGE = ("name", "out", "resume", "timeout", "threads", "profile", "efficiency", "log", "save", "probe", "guard")
+MAY_CHANGE += ("batch.micro", "data.workers", "data.cache", "data.cache_size")
 
 
 def find(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: the bar, metrics.jsonl, quarantine.jsonl, checkpoints, the report."""
+"""What a run shows and leaves behind: the bar, metrics.jsonl, quarantine.jsonl, skipped.jsonl, the report."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from hybridssl import dist, run
+from hybridssl import dist
 from hybridssl.errors import UserError
+from hybridssl.files import write_text
 from hybridssl.recipe import to_dict, to_yaml
 from hybridssl.student import Student
 from hybridssl.text import beside, class_embeddings
 from hybridssl.types import Batch
 from pretrain import meters
+from pretrain.alarms import alarms
 from pretrain.data import selected
+from pretrain.journal import Journal
 from pretrain.profiling import NEEDED, Profiler
 from pretrain.recipe import Recipe
+from pretrain.stop import ENOUGH, RESUME_LATER
 from shards.index import Index
 from shards.stream import Quarantine
 
-RESUME_LATER = 85  # exit code of a run that was asked to stop and can go on
+STOPPED = "stopped"  # in the run folder: asked to stop, and can go on. Launchers hide the exit code
 
 
 class Record:
@@ -39,7 +43,11 @@ class Record:
         self.recipe, self.accelerator, self.out, self.index = recipe, accelerator, out, index
         self.main = accelerator.is_main_process
         self.selected = selected(recipe, index)
-        self.seconds = _cut_metrics(out / "metrics.jsonl", step) if self.main else 0.0
+        self.metrics, self.refusals = Journal(out / "metrics.jsonl"), Journal(out / "skipped.jsonl")
+        self.lines = self.metrics.cut(step) if self.main else []
+        self.refusals.cut(step)
+        self.seconds = max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
+        self.alarmed: set[str] = set()
         if self.main:
             self._begin(learner, fresh=step == 0)
         if recipe.log.trackers:
@@ -85,7 +93,8 @@ class Record:
 
     def _begin(self, learner: Student, fresh: bool) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        run.write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
+        (self.out / STOPPED).unlink(missing_ok=True)
+        write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
         # Digests of every image the run may read: evaluation refuses a test image that is among them.
         save_file({"digest": self.index.column("digest")[self.selected]}, self.out / "pretraining.safetensors")
         labels = learner.each().get("labels")
@@ -104,8 +113,9 @@ class Record:
         self.meter.restart()
 
     def due(self, step: int) -> bool:
-        """Is there a line to write? At checkpoints too, so that a resumed run writes the same lines."""
-        return step % self.recipe.log.every == 0 or step % self.recipe.save.every == 0 or step == self.recipe.steps
+        """Is there a line to write? At checkpoints and probes too, so that a resumed run writes the same lines."""
+        often = (self.recipe.log.every, self.recipe.save.every, self.recipe.probe.every)
+        return step == self.recipe.steps or any(every and step % every == 0 for every in often)
 
     def step(
         self,
@@ -126,7 +136,7 @@ class Record:
         """
         for batch in batches:
             if batch.bad:
-                self.quarantine.add(batch.bad, seen=step * self.recipe.batch.size)
+                self._quarantine(batch.bad, step)
         for name, value in {**{f"loss/{k}": v for k, v in losses.items()}, "loss": total, "grad_norm": norm}.items():
             taken = torch.where(refused > 0, 0.0, value.detach().float())
             self.sums[name] = self.sums[name] + taken if name in self.sums else taken
@@ -139,6 +149,7 @@ class Record:
             line = self._line(step, schedule, health)
             self.write(step, line)
             self._show(step, line)
+            self._alarm()
             self._clear()
 
     def _line(self, step: int, schedule: Mapping[str, float], health: Mapping[str, Tensor]) -> dict[str, float]:
@@ -165,10 +176,28 @@ class Record:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One object to metrics.jsonl, and to the trackers."""
         if self.main:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            self.lines.append({"step": step, **values})
+            self._keep(self.metrics, self.lines[-1])
         if self.recipe.log.trackers:
             self.accelerator.log(dict(values), step=step)
+
+    def _keep(self, journal: Journal, line: Mapping[str, Any]) -> None:
+        if self.main and (wrong := journal.add(line)):
+            self.say(f"warning: {wrong}; the run goes on, and tries again with the next line")
+
+    def _quarantine(self, bad: list[dict[str, str]], step: int) -> None:
+        try:
+            self.quarantine.add(bad, seen=step * self.recipe.batch.size)
+        except OSError as error:
+            self.say(f"warning: {self.quarantine.path} could not be written ({error}); the run goes on")
+
+    def _alarm(self) -> None:
+        """Say what has begun to go wrong, once until it has passed."""
+        now = alarms(self.lines) if self.main else []
+        for alarm in now:
+            if alarm.kind not in self.alarmed:
+                self.say(f"alarm: {alarm}")
+        self.alarmed = {alarm.kind for alarm in now}
 
     def _show(self, step: int, line: Mapping[str, float]) -> None:
         losses = "  ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
@@ -181,70 +210,47 @@ class Record:
         if self.main:
             self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def save(self, step: int, learner: Student, teacher: Student, optimizer: torch.optim.Optimizer) -> None:
+    def back(self, step: int, why: str) -> None:
+        """The run goes on from `step` again."""
         if self.main:
-            run.save(self.out, self._state(step, learner), learner, teacher, optimizer, self.recipe.save.keep)
-        self.accelerator.wait_for_everyone()
+            self.lines = self.metrics.cut(step)
+        self.bar.update(self.task, completed=step)
+        self._clear()
+        self.say(why)
 
-    def _state(self, step: int, learner: Student) -> run.RunState:
-        recipe, index = self.recipe, self.index
-        backbone = {
-            "options": to_dict(recipe.backbone),
-            "channels": index.channels,
-            "image_size": recipe.views.global_size,
-            "mean": list(recipe.views.mean),
-            "std": list(recipe.views.std),
-        }
-        images = step * recipe.batch.size
-        data = {
-            "index": recipe.data.sets[0] if len(recipe.data.sets) == 1 else list(recipe.data.sets),
-            "index_sha256": index.sha256,
-            "splits": list(recipe.data.splits),
-            "samples": len(self.selected),
-            "position": images,
-            "sources": list(index.sources),
-            "classes": list(index.classes),
-            "synthetic": index.synthetic,
-        }
-        return run.RunState(step, images, to_dict(recipe), backbone, data, _machine(self.accelerator))
+    def skipped_steps(self, refused: Sequence[Mapping[str, Any]]) -> None:
+        """Name the samples of steps that were not taken, in skipped.jsonl."""
+        for one in refused:
+            self._keep(self.refusals, one)
+        if refused:
+            last = refused[-1]
+            self.say(
+                f"skipped {len(refused)} step(s), the last {last['step']}: {last['reason']} (gradient norm "
+                f"{last['grad_norm']}, loss {last['loss']}); their samples are in {self.refusals.path}"
+            )
 
-    def finish(self, step: int) -> int:
-        """Last words, the report, and the exit code."""
+    def finish(self, step: int, reason: int, unsaved: str | None) -> int:
+        """Last words, the report, and the exit code. unsaved: why the last checkpoint is not there."""
         self.accelerator.wait_for_everyone()  # gloo aborts now and then when a rank leaves early
         self.accelerator.end_training()
-        if step < self.recipe.steps:
+        if unsaved:
+            print(f"error: {unsaved}; make room and give the same command: it goes on from the one before")
+            return 1
+        if step < self.recipe.steps and reason != ENOUGH:
+            if self.main:
+                write_text(self.out / STOPPED, f"step {step}\n")
             self.say(f"stopped at step {step} of {self.recipe.steps}, checkpoint written; the same command goes on")
             return RESUME_LATER
         if self.main:
             from pretrain import report  # scikit-learn, which training itself does not need
 
             page = report.write(self.out)
-            print(f"done: {step} steps, {step * self.recipe.batch.size:,} images\nreport: {page}")
-            print(f"next: python -m hybridssl export {self.out} --out models/{self.recipe.name}")
+            early = f", ended early: {self.recipe.probe.early_stop} probes without a better one" if reason else ""
+            print(f"done: {step} steps, {step * self.recipe.batch.size:,} images{early}\nreport: {page}")
+            best = self.out / "checkpoints" / "best"
+            chosen = best.with_name(best.read_text(encoding="utf-8")) if reason and best.is_file() else self.out
+            print(f"next: python -m hybridssl export {chosen} --out models/{self.recipe.name}")
         return 0
-
-
-def _machine(accelerator: Accelerator) -> str:
-    """ "2 CPU cores" or "NVIDIA H100 x 4"."""
-    if accelerator.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(accelerator.device)} x {accelerator.num_processes}"
-    return f"{torch.get_num_threads() * accelerator.num_processes} CPU cores"
-
-
-def _cut_metrics(path: Path, step: int) -> float:
-    """Drop lines after `step`, which a resumed run writes again; returns the seconds spent up to it."""
-    if not path.is_file():
-        return 0.0
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # the last line of a killed run
-            continue
-        if line["step"] <= step:
-            lines.append(line)
-    run.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return max((line.get("seconds", 0.0) for line in lines), default=0.0)
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:

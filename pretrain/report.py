@@ -20,13 +20,12 @@ from hybridssl.objectives import objective_types
 from hybridssl.page import Markup, Page
 from hybridssl.recipe import read_yaml, resolve
 from pretrain import report_images
+from pretrain.alarms import Line, alarms, late, points
 from pretrain.meters import flops
 from pretrain.pictures import Lens
 from pretrain.recipe import DataOptions
 from shards.errors import DataError
 from shards.index import Index
-
-Line = Mapping[str, Any]
 
 # Per chart: title, curves (name -> key of metrics.jsonl), and how to read it.
 HEALTH = (
@@ -172,11 +171,6 @@ def read_metrics(path: Path) -> list[Line]:
 
 def verdict(lines: Sequence[Line]) -> tuple[str, str]:
     """(tone, one sentence) on the state of a run, judged by the last tenth of its logged values."""
-
-    def late(key: str) -> float:
-        values = [y for _, y in _points(lines, key)]
-        return median(values[-max(1, len(values) // 10) :]) if values else float("nan")
-
     if not lines:
         return "quiet", "Nothing has been logged yet."
     losses = [v for k, v in lines[-1].items() if k.startswith("loss")]
@@ -184,15 +178,10 @@ def verdict(lines: Sequence[Line]) -> tuple[str, str]:
         return "bad", "The gradients are no longer finite and steps are skipped: go back to a lower learning rate."
     if not all(isfinite(v) for v in losses):
         return "bad", "A loss is no longer finite: go back to an older checkpoint with a lower learning rate."
-    entropy = late("health/target_entropy") / max(late("health/max_entropy"), 1e-9)
-    usage, rank = late("health/prototype_usage"), late("health/rankme")
-    highest = max((y for _, y in _points(lines, "health/rankme")), default=rank)
-    if usage < 0.05:
-        return "bad", "Collapsed: the teacher gives nearly every image the same target. Its backbone is of no use."
-    if rank < 0.5 * highest:
-        return "warn", f"Features are losing dimensions: RankMe fell from {highest:.0f} to {rank:.0f}."
-    if entropy > 0.97:
-        return "warn", "Targets are still close to uniform: little is learnt from the images themselves yet."
+    if found := alarms(lines):
+        return ("bad" if found[0].severe else "warn"), str(found[0])
+    entropy = late(lines, "health/target_entropy") / max(late(lines, "health/max_entropy"), 1e-9)
+    usage, rank = late(lines, "health/prototype_usage"), late(lines, "health/rankme")
     signs = {"target entropy at {:.0%} of its maximum": entropy, "{:.0%} of the reachable prototypes in use": usage}
     signs["RankMe {:.0f}"] = rank
     found = ", ".join(text.format(value) for text, value in signs.items() if isfinite(value))
@@ -233,7 +222,7 @@ def _head(page: Page, m: Material) -> None:
 def _speed(lines: Sequence[Line], unfinished: bool) -> dict[str, str]:
     """Facts for the head: medians over the run, the last word on memory and on the time left."""
     keys = ("images_per_s", "data_wait", "tflops", "mfu")
-    usual = {key: median(y for _, y in points) for key in keys if (points := _points(lines, key))}
+    usual = {key: median(y for _, y in found) for key in keys if (found := points(lines, key))}
     memory, left = _last(lines, "memory_gib"), _last(lines, "eta") if unfinished else None
     facts = {
         "Images per second": f"{usual['images_per_s']:.0f}" if "images_per_s" in usual else "",
@@ -260,7 +249,7 @@ def _charts(
     """A section of small charts; one whose values were not logged is left out, and so is an empty section."""
     charts: list[tuple[Markup, str]] = []
     for name, curves, how in table:
-        series = {label: points for label, key in curves.items() if (points := _points(m.lines, key))}
+        series = {label: found for label, key in curves.items() if (found := points(m.lines, key))}
         if series:
             top = _last(m.lines, "health/max_entropy") if "entropy" in name else None
             level = {f"ln K = {top:.2f}": top} if top is not None else None
@@ -269,10 +258,6 @@ def _charts(
             )
     if charts:
         page.section(title, intro).figures(charts)
-
-
-def _points(lines: Sequence[Line], key: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[key]) for line in lines if line.get(key) is not None and isfinite(line[key])]
 
 
 def _last(lines: Sequence[Line], key: str) -> Any:

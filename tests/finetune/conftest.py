@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hybridssl import run
+from hybridssl import checkpoint, run
 from hybridssl.backbone import Backbone, BackboneOptions, build
 from hybridssl.export import export
 from hybridssl.recipe import to_dict
@@ -98,7 +98,7 @@ def run_folder(tmp_path_factory) -> Path:
     data = {"index": "i", "index_sha256": "s", "splits": ["train"], "samples": 1, "sources": [], "classes": []}
     state = run.RunState(3, 96, {"seed": 0}, about, {**data, "synthetic": True})
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    run.save(folder, state, student, teacher, torch.optim.AdamW(student.parameters()))
+    checkpoint.save(folder, state, student, teacher, torch.optim.AdamW(student.parameters()))
     return folder
 
 

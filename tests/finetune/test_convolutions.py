@@ -12,7 +12,7 @@ import torch
 from finetune import probe, results, segmenters
 from finetune.__main__ import main
 from finetune.backbones import load
-from hybridssl import run
+from hybridssl import checkpoint, run
 from hybridssl.backbone import BackboneOptions, build
 from hybridssl.export import export
 from hybridssl.recipe import to_dict
@@ -37,7 +37,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
     data = {"index": "i", "index_sha256": "s", "splits": ["train"], "samples": 1, "sources": [], "classes": []}
     state = run.RunState(3, 96, {"seed": 0}, about, {**data, "synthetic": True})
     folder = tmp_path_factory.mktemp("runs") / "dense"
-    run.save(folder, state, student, teacher, torch.optim.AdamW(student.parameters()))
+    checkpoint.save(folder, state, student, teacher, torch.optim.AdamW(student.parameters()))
     export(folder, folder.parent / "exported")
     return folder, folder.parent / "exported"
 

@@ -16,7 +16,7 @@ from finetune import kinds, results, words, zeroshot
 from finetune.__main__ import main
 from finetune.backbones import load
 from finetune.features import extract
-from hybridssl import run, text
+from hybridssl import checkpoint, run, text
 from hybridssl.backbone import BackboneOptions, build
 from hybridssl.objectives import Context, labels
 from hybridssl.recipe import to_dict
@@ -90,7 +90,7 @@ def make_run(bert, described, tmp_path_factory):
         data |= {"sources": list(index.sources), "classes": list(index.classes), "synthetic": True}
         recipe = {"seed": 3, "text": to_dict(said), "objectives": {"labels": to_dict(options)}}
         state = run.RunState(3, 96, recipe, about, data)
-        run.save(folder, state, *students, torch.optim.AdamW(students[0].parameters()))
+        checkpoint.save(folder, state, *students, torch.optim.AdamW(students[0].parameters()))
         return folder, head
 
     return make

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 
-from hybridssl import backbone, card, run
+from hybridssl import backbone, card, files, run
 from hybridssl import export as exporting
 from hybridssl.backbone import BackboneOptions
 from hybridssl.errors import UserError
@@ -64,7 +64,7 @@ def make_run(
             "classes": ["mel", NASTY],
             "sources": ["clinic", NASTY],
         },
-        "sha256": {"model.safetensors": run.sha256(checkpoint / "model.safetensors")},
+        "sha256": {"model.safetensors": files.sha256(checkpoint / "model.safetensors")},
     }
     (checkpoint / "state.json").write_text(json.dumps(state))
     (folder / "checkpoints/latest").write_text(checkpoint.name)

@@ -10,10 +10,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from hybridssl import dist
 from pretrain import garbage
 from pretrain.loop import main
-from pretrain.stop import StopSignal
 from tests.pretrain.conftest import lines
 
 
@@ -78,18 +76,6 @@ def test_nothing_is_collected_but_by_hand_and_steps_leave_no_tensors(tiny: list[
     assert main([*tiny, f"out={tmp_path / 'run'}", "log.every=9", "save.every=9"]) == 0
     assert seen == [0, 0, 0]
     assert gc.isenabled()
-
-
-def test_several_processes_talk_of_a_stop_at_log_points_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    asked: list[bool] = []
-    monkeypatch.setattr(dist, "all_agree", lambda mine: asked.append(mine) or mine)
-    stop = StopSignal()
-    stop._note(15, None)
-    stop.share(now=False)
-    assert (stop.asked, asked) == (False, [])
-    stop.share(now=True)
-    assert (stop.asked, asked) == (True, [False])
 
 
 @pytest.mark.gpu
