@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hybridssl import plain_yaml
 from hybridssl.errors import UserError
 
 STUDIES = Path(__file__).parent / "studies"
@@ -59,18 +58,45 @@ def read(name: str) -> Study:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"no study '{name}'{hint} There are {', '.join(names())}, or the path of a .yaml file")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = plain_yaml.parse(path.read_text(encoding="utf-8"))
         study = Study(path.stem, *(found[key] for key in ("title", "asks", "arguments", "steps", "limits")))
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a study ({error!r}): it needs title, asks, arguments, steps, limits") from error
-    for step in study.steps:
-        strange = set(step) - STEP_KEYS
-        if strange or not {"title", "run"} <= set(step) or str(step["run"]).split()[0] not in DOORS:
-            raise UserError(
-                f"{path}, step '{step.get('title', '?')}': it needs a title and a run that begins with one of "
-                f"{', '.join(DOORS)}, and may have {', '.join(sorted(STEP_KEYS))}"
-            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a study ({error}): it needs title, asks, arguments, steps, limits") from error
+    _check(study, path)
     return study
+
+
+def _check(study: Study, path: Path) -> None:
+    """UserError for what no study can be: the file may be a stranger's."""
+    arguments = study.arguments if isinstance(study.arguments, dict) else {}
+    texts = isinstance(study.limits, list) and all(isinstance(t, str) for t in (study.title, study.asks, *study.limits))
+    told = all(isinstance(a, dict) and isinstance(a.get("help"), str) for a in arguments.values())
+    if not (texts and told and arguments and isinstance(study.steps, list)):
+        raise UserError(
+            f"{path} is not a study: title and asks are texts, limits a list of them, steps a list, and every argument "
+            "a mapping with its help"
+        )
+    for step in study.steps:
+        if not (isinstance(step, dict) and _is_step(step, arguments)):
+            title = str(step.get("title", "?"))[:80] if isinstance(step, dict) else "?"
+            raise UserError(
+                f"{path}, step '{title}': it needs a title and a run that begins with one of {', '.join(DOORS)}, and "
+                f"may have {', '.join(sorted(STEP_KEYS))}; for, if and unless name an argument, and what `with` names "
+                "are plain names of folders"
+            )
+
+
+def _is_step(step: Mapping[str, Any], arguments: Mapping[str, Any]) -> bool:
+    named = step.get("with", {})
+    return (
+        set(step) <= STEP_KEYS
+        and all(isinstance(step.get(key, ""), str) for key in STEP_KEYS - {"with"})
+        and bool(step.get("title"))
+        and str(step.get("run")).split()[:1] in [[door] for door in DOORS]
+        and all(step[key] in arguments for key in ("for", "if", "unless") if key in step)
+        and isinstance(named, dict)
+        and all(isinstance(label, str) and re.fullmatch(r"\w[\w .-]*", label) for label in named)
+    )
 
 
 def fill(study: Study, given: Sequence[str]) -> Values:
@@ -114,7 +140,7 @@ def _step(study: Study, step: Mapping[str, Any], values: Values, out: Path) -> S
         if len(every) < len(values[step["for"]]):
             raise UserError(f"{step['for']}= names two whose folders would both be called the same: {list(every)}")
     elif "with" in step:
-        every = {label: str(value).format_map(words) for label, value in step["with"].items()}
+        every = {label: _filled(str(value), words, study.name) for label, value in step["with"].items()}
     else:
         every = {"": ""}
     commands = {}
@@ -127,15 +153,27 @@ def _step(study: Study, step: Mapping[str, Any], values: Values, out: Path) -> S
 def _words(run: str, values: Mapping[str, Any], name: str) -> list[str]:
     words: list[str] = []
     try:
-        for word in shlex.split(run):
-            whole = re.fullmatch(r"\{(\w+)(?:\.(first|rest))?\}", word)
-            value = values[whole[1]] if whole else word.format_map(values)
-            if whole and whole[2]:
-                value = value[:1] if whole[2] == "first" else value[1:]
-            words += value if isinstance(value, list) else [value] if value else []
-    except KeyError as error:
-        raise UserError(f"study {name}: its command '{run}' names {error}, which is not an argument of it") from error
-    return [word for word in words if word not in _alone(words) - _alone(shlex.split(run))]
+        parts = shlex.split(run)
+    except ValueError as error:  # a quote that does not end
+        raise UserError(f"study {name}: its command '{run}' cannot be read: {error}") from error
+    for word in parts:
+        whole = re.fullmatch(r"\{(\w+)(?:\.(first|rest))?\}", word)
+        value = values[whole[1]] if whole and whole[1] in values else _filled(word, values, name)
+        if whole and whole[2]:
+            value = value[:1] if whole[2] == "first" else value[1:]
+        words += value if isinstance(value, list) else [value] if value else []
+    return [word for word in words if word not in _alone(words) - _alone(parts)]
+
+
+def _filled(text: str, values: Mapping[str, Any], name: str) -> str:
+    """`text` with the values of its {names}: names only, for Python's own formats reach into objects."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise UserError(f"study {name}: '{text}' names '{match[1]}', which is not an argument of it")
+        return str(values[match[1]])
+
+    return re.sub(r"\{([^{}]*)\}", value, text)
 
 
 def _alone(words: Sequence[str]) -> set[str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from hybridssl import plain_yaml
 from hybridssl.errors import UserError
 
 T = TypeVar("T")
@@ -42,9 +43,10 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"'{argument}' is not key=value; write for example steps=1000 or views.local_count=4")
         try:
-            value: Any = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
-            raise UserError(f"the value of {key} is not valid YAML: {text!r}") from error
+            value: Any = plain_yaml.parse(text) if text else ""
+        except ValueError as error:
+            shown = text if len(text) < 80 else f"{text[:77]}..."
+            raise UserError(f"the value of {key} cannot be read, {shown!r}: {error}") from error
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(tree, value)
@@ -54,11 +56,11 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError that names the file and, for a syntax error, the place."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = plain_yaml.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    except ValueError as error:  # that of plain_yaml, or a text that is not UTF-8
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of recipe keys, not a {type(tree).__name__}")
     return tree
@@ -145,7 +147,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if value is False and "no" in get_args(hint):  # precision=no is a word, whatever YAML thinks
         value = "no"
     try:
-        return TypeAdapter(hint).validate_python(value)
+        return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].lower()
         raise UserError(f"{path} must be {_type_name(hint)}, not {value!r} ({reason})") from error
