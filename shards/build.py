@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shards import dicom, parts
+from shards import dicom, parts, readers
 from shards.errors import DataError
 from shards.format import hash64
 from shards.index import Index
@@ -22,7 +22,7 @@ from shards.plan import plan
 from shards.privacy import Salt, missing_salt
 from shards.slices import stacked
 from shards.split import parse_split, stratified
-from shards.table import SUFFIXES, Row, find_images, from_folders, nearest, read_table
+from shards.table import Row, find_images, from_folders, nearest, read_table
 
 Progress = Callable[[int, int], None]
 
@@ -83,10 +83,10 @@ def join(out: str | Path, overwrite: bool = False, progress: Progress = lambda d
 
 def gather(folder: Path, found: dict[str, Path], table: Path | None, options: BuildOptions) -> list[Row]:
     """The rows to pack, complete: what table and folders say, identifiers hashed, stratified splits drawn."""
-    foreign = [path for path in found.values() if path.suffix.lower() not in SUFFIXES]
-    if foreign:
+    foreign = [reader for reader in map(readers.of_file, found.values()) if reader]  # which may name the patients
+    if dicom in foreign:
         if not options.salt:
-            raise missing_salt(len(foreign))
+            raise missing_salt(foreign.count(dicom))
         dicom.check_tags(options.tags)
     rows = [Row(path, name) for name, path in found.items()]
     if table is not None:

@@ -21,7 +21,7 @@ from shards.errors import DataError
 from shards.format import bound
 from shards.options import BuildOptions
 from shards.privacy import Salt
-from shards.sources import Frame, choose, error_name, scaled
+from shards.sources import Frame, Opened, choose, error_name, scaled
 
 SUFFIXES = (".dcm", ".dicom")
 # What is kept without asking: how the picture was made. Nothing of it says who it shows.
@@ -36,7 +36,7 @@ _CODE = re.compile(r"[A-Z0-9 _]{1,16}")  # the grammar of CS (PS3.5, table 6.2-1
 
 @dataclass(frozen=True)
 class Study:
-    """One file: its identifiers hashed, its tags, and its pixels behind `frames`."""
+    """One file: its identifiers hashed, its tags, and its pixels behind `_frames`."""
 
     group: str  # the patient, hashed; "": unknown
     meta: dict[str, Any]
@@ -68,8 +68,8 @@ def place(path: Path) -> Place:
             return Place()
 
 
-def is_dicom(data: bytes, suffix: str) -> bool:
-    return data[128:132] == b"DICM" or suffix.lower() in SUFFIXES
+def is_mine(head: bytes) -> bool:
+    return head[128:132] == b"DICM"
 
 
 def check_tags(names: tuple[str, ...]) -> None:
@@ -83,7 +83,13 @@ def check_tags(names: tuple[str, ...]) -> None:
             raise DataError(f"--tags {name}: it may name a person, a place or a day; codes and numbers can be kept")
 
 
-def read(data: bytes, options: BuildOptions) -> Study:
+def read(data: bytes, options: BuildOptions) -> Opened:
+    """RGB as 8 bits, grey as 16 bits through the window. DataError for what cannot or should not be read."""
+    study = _study(data, options)
+    return Opened(_frames(study, options), study.group, study.meta)
+
+
+def _study(data: bytes, options: BuildOptions) -> Study:
     """Everything but the pixels. DataError, in words of our own, for what cannot or should not be read."""
     pydicom = _pydicom()
     with _speechless():
@@ -112,8 +118,7 @@ def read(data: bytes, options: BuildOptions) -> Study:
     return Study(group, meta | hashed, count, dataset)
 
 
-def frames(study: Study, options: BuildOptions) -> Iterator[tuple[int, int, Frame]]:
-    """(number, how many there are, frame): RGB as 8 bits, grey as 16 bits through the window."""
+def _frames(study: Study, options: BuildOptions) -> Iterator[tuple[int, int, Frame]]:
     pixels = _pydicom().pixels
     for number in choose(study.count, options.frames):
         with _speechless():

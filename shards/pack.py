@@ -13,7 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from shards import dicom
+from shards import readers
 from shards.encode import encode, shrink
 from shards.errors import DataError
 from shards.format import decode, decode_mask, extension, hash64
@@ -78,9 +78,9 @@ def _images(row: Row, options: BuildOptions) -> Iterator[_Image]:
         yield from _encoded(((n, len(parts), part) for n, part in enumerate(parts)), options, said)
         return
     data = _read(row.image)
-    if dicom.is_dicom(data[:132], row.image.suffix):
-        study = dicom.read(data, options)
-        yield from _encoded(dicom.frames(study, options), options, {"group": study.group, "meta": study.meta})
+    if reader := readers.of(data, row.image.suffix):
+        opened = reader.read(data, options)
+        yield from _encoded(opened.frames, options, {"group": opened.group, "meta": opened.meta})
     elif _as_it_is(data, options):
         image = decode(data, options.short_side or 1, options.channels)  # at scale 1/8 every byte is still parsed
         if options.short_side:
@@ -113,10 +113,10 @@ def _slices(row: Row, options: BuildOptions) -> tuple[list[Frame], dict[str, Any
         path = row.slices[number]
         try:
             data = _read(path)
-            if dicom.is_dicom(data[:132], path.suffix):
-                study = dicom.read(data, options)
-                told.append({"group": study.group, "meta": study.meta})
-                found = dicom.frames(study, options)
+            if reader := readers.of(data, path.suffix):
+                opened = reader.read(data, options)
+                told.append({"group": opened.group, "meta": opened.meta})
+                found = opened.frames
             else:
                 found = frames(data, channels=1)
             parts += [frame for _, _, frame in found]

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
-from shards import dicom
+from shards import dicom, readers
 from shards.dicom import Place
 from shards.errors import DataError
-from shards.table import Row, is_dicom_file, nearest
+from shards.table import Row, nearest
 
 _ROLES = ("labels", "source", "group", "split", "text", "mask")
 
@@ -28,7 +28,7 @@ def stacked(rows: list[Row], by: str, private: bool = False) -> list[Row]:
     `rows` can be told apart by `by`, and for slices of one image that the table calls different things. `private`: no
     error repeats a name.
     """
-    places = {row.name: dicom.place(row.image) for row in rows if is_dicom_file(row.image)}
+    places = {row.name: dicom.place(row.image) for row in rows if readers.of_file(row.image) is dicom}
     if by == "series" and not any(place.series for place in places.values()):
         raise DataError("--slices series: no DICOM file here names its series; name a column of the table, or folder")
     if by not in ("series", "folder") and not any(by in row.meta for row in rows):

@@ -1,13 +1,13 @@
 """From the bytes of an image file to frames: arrays with all their bits and channels, whatever the format.
 
-DICOM has a file of its own (dicom.py).
+Photographs here; every other format has a file of its own (readers.py).
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from shards.errors import DataError
 from shards.format import bound, photograph
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 _SAMPLES_PER_PIXEL = 277  # TIFF tag
 
 
@@ -25,6 +26,15 @@ class Frame:
 
     pixels: np.ndarray  # uint8 or uint16 [H, W, C], upright
     full: bool = False  # whether 16-bit values are scaled to 0..65535, so that their size says nothing about their bits
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a reader (readers.py) finds in a file."""
+
+    frames: Iterator[tuple[int, int, Frame]]  # number, how many there are, frame
+    group: str = ""  # the patient, hashed; "": the file does not say
+    meta: dict[str, Any] = field(default_factory=dict)  # to be kept; nothing that says who it is
 
 
 def frames(data: bytes, channels: int, wanted: int = 0) -> Iterator[tuple[int, int, Frame]]:

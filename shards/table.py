@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shards import dicom
+from shards import readers
 from shards.errors import DataError
+from shards.sources import SUFFIXES
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 ROLES = ("path", "label", "source", "group", "split", "text", "mask")
 _SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
@@ -36,10 +36,7 @@ class Row:
 
 
 def find_images(folder: Path) -> dict[str, Path]:
-    """{POSIX path below the folder: file} of every image by its suffix, hidden files left out.
-
-    DICOM files often have no suffix, or the end of a UID for one; they are known by their first bytes.
-    """
+    """{POSIX path below the folder: file} of every image, by its suffix or first bytes; hidden files left out."""
     if not folder.is_dir():
         raise DataError(f"image folder {folder} does not exist")
     found = {}
@@ -47,22 +44,11 @@ def find_images(folder: Path) -> dict[str, Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(base, name)
-            if not name.startswith(".") and (path.suffix.lower() in SUFFIXES or is_dicom_file(path)):
+            if not name.startswith(".") and (path.suffix.lower() in SUFFIXES or readers.of_file(path)):
                 found[_plain(path.relative_to(folder).as_posix())] = path
     if not found:
-        raise DataError(f"image folder {folder} holds no image ({' '.join(SUFFIXES)}, DICOM)")
+        raise DataError(f"image folder {folder} holds no image ({' '.join((*SUFFIXES, *readers.suffixes()))})")
     return dict(sorted(found.items()))
-
-
-def is_dicom_file(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    if suffix in (*SUFFIXES, *dicom.SUFFIXES) or suffix[1:].isalpha():
-        return suffix in dicom.SUFFIXES
-    try:
-        with path.open("rb") as file:
-            return dicom.is_dicom(file.read(132), "")
-    except OSError:
-        return False
 
 
 def from_folders(row: Row, levels: tuple[str, ...]) -> Row:
