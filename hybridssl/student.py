@@ -135,7 +135,8 @@ def update_teacher(teacher: Student, student: Student, momentum: float, refused:
     followers = dict(teacher.named_parameters())
     # What rests (the weights under low-rank updates) is the same in both.
     pairs = [(followers[name], p) for name, p in student.named_parameters() if p.requires_grad]
-    mine, theirs = [one for one, _ in pairs], [one for _, one in pairs]
+    mine: list[Tensor] = [one for one, _ in pairs]
+    theirs: list[Tensor] = [one for _, one in pairs]
     if refused is None:
         torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
     else:  # the weight is on the device, for the host does not know yet

@@ -2,6 +2,10 @@
 
 import sys
 
-from pretrain.loop import main
+from pretrain.stop import follow_the_launcher
+
+follow_the_launcher()  # first: loading takes seconds, and the launcher may end meanwhile
+
+from pretrain.loop import main  # noqa: E402
 
 sys.exit(main(sys.argv[1:]))

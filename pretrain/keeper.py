@@ -28,8 +28,10 @@ class Keeper:
         keep = Keep(recipe.save.keep, recipe.save.keep_every)
         self.writer = Writer(Path(recipe.out), keep) if accelerator.is_main_process else None
 
-    def due(self, step: int) -> bool:
-        return step % self.recipe.save.every == 0 or step == self.recipe.steps
+    def due(self, step: int, guard: Guard) -> bool:
+        """Not while steps are being refused: what the run may return to should lie before them."""
+        regular = step % self.recipe.save.every == 0 and not guard.refused_in_a_row
+        return regular or step == self.recipe.steps
 
     def save(
         self,

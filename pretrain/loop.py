@@ -177,7 +177,7 @@ def train(recipe: Recipe) -> int:
                 better = best.better(step, found)
                 if best.enough:
                     stop.ask(ENOUGH)
-            if keeper.due(step) or stop.reason or better:
+            if keeper.due(step, guard) or stop.reason or better:
                 keeper.save(step, position, learner, teacher, optimizer, guard, better)
             if told and (complaint := keeper.complaint()):
                 log.say(complaint)

@@ -30,7 +30,7 @@ class Stop:
         self._mine = 0
         self._old: dict[int, Any] = {}
         self._several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if self._several else None
+        self._group: Any = dist.new_group(backend="gloo") if self._several else None
         self._asked: tuple[torch.Tensor, Any] | None = None  # the question on its way
 
     def __enter__(self) -> Stop:
@@ -39,8 +39,7 @@ class Stop:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._asked:  # whoever leaves by an error does not wait for it
-            self._asked = None
+        self._asked = None  # whoever leaves by an error does not wait for it
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
@@ -69,8 +68,10 @@ class Stop:
 
 
 def follow_the_launcher() -> None:
-    """Ask the kernel for SIGTERM when the parent dies: a launcher that is killed tells its processes nothing."""
-    if sys.platform == "linux":
+    """Have the kernel send SIGTERM when the launcher dies: one that is told to stop, or is killed, tells nobody.
+
+    Only where there is one: a run that a shell started outlives its shell.
+    """
+    launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if launched and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() == 1 and os.getpid() != 1:  # it is gone already, or this process is a container's own
-            return

@@ -36,7 +36,7 @@ class Watchdog:
         """Still alive, and now at `what`."""
         self._last, self._what = time.monotonic(), what
         # Where Python never gets a turn: a little later than `_watch`, which has more to say.
-        faulthandler.dump_traceback_later(self.timeout + max(1.0, 0.1 * self.timeout), exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(self.timeout + max(1.0, 0.1 * self.timeout), exit=True, file=2)
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.timeout / 4)):
@@ -48,5 +48,5 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                faulthandler.dump_traceback(file=sys.__stderr__)
+                faulthandler.dump_traceback(file=2)
                 os._exit(1)
