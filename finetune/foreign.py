@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,8 +109,8 @@ def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> 
         hub.require(spec)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     absent: set[str] = set()
-    _check_timm(Path(name) / "config.json")
     try:
+        trust.transformers_config(name, local_files_only=local)
         about = _hf_geometry(AutoImageProcessor.from_pretrained(name, **options))
         if fresh:
             model: Any = AutoModel.from_config(AutoConfig.from_pretrained(name, **options), dtype=torch.float32)
@@ -120,6 +119,8 @@ def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> 
                 name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
             )
             absent = set(loaded["missing_keys"])
+    except UserError:
+        raise
     except Exception as error:  # configuration, file, network and import errors of transformers
         raise UserError(f"cannot load {spec}: {reason_of(error)}") from error
     model, absent = image_half(model, absent)
@@ -137,16 +138,6 @@ def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> 
     except (ValueError, RuntimeError) as error:  # SAM, say, has position embeddings of one size
         raise UserError(f"{spec} does not run at {about['input_size']} px: {reason_of(error)}") from error
     return from_model(model, forward, name=spec, dim=dim, device=device, **about)
-
-
-def _check_timm(path: Path) -> None:
-    """UserError when transformers would hand timm a config.json that asks for more than an architecture."""
-    try:
-        about = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {reason_of(error)}") from error
-    if not isinstance(about, dict) or "architecture" in about:
-        trust.config(about, str(path))
 
 
 def image_half(model: Any, absent: set[str]) -> tuple[Any, set[str]]:

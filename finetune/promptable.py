@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.foreign import reason_of
-from hybridssl import hub
+from hybridssl import hub, trust
 from hybridssl.errors import UserError
 from hybridssl.views import normalise
 from hybridssl.weights import weights_sha256
@@ -94,6 +94,7 @@ def load_promptable(spec: str, device: str = "cpu") -> Promptable:
         hub.require(spec)
     options: dict[str, Any] = {"local_files_only": local}
     try:
+        trust.transformers_config(name, **options)
         kind = AutoConfig.from_pretrained(name, trust_remote_code=False, **options).model_type
         if kind != "sam":
             raise UserError(f"--promptable {spec} is a {kind} model, and must be a SamModel like facebook/sam-vit-base")

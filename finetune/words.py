@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from finetune.foreign import reason_of
-from hybridssl import run, text
+from hybridssl import run, text, trust
 from hybridssl.errors import UserError
 from hybridssl.objectives.labels import projection
 from hybridssl.text import ClassText
@@ -260,9 +260,12 @@ def of_two_towers(
 
     name = spec.removeprefix("hf:")
     try:
+        trust.transformers_config(name)
         model, loaded = AutoModel.from_pretrained(
             name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
+    except UserError:
+        raise
     except Exception as error:  # configuration, file, network and import errors of transformers
         raise UserError(f"cannot load {spec}: {reason_of(error)}") from error
     if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from hybridssl import hub
+from hybridssl import hub, trust
 from hybridssl.errors import UserError
 
 MAX_TOKENS = 64
@@ -22,11 +23,17 @@ LOAD_ERRORS = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 def resolve(encoder: str) -> str:
-    """`package:NAME` -> the folder that the installed package's get_model_path() returns; all else as it is."""
+    """`package:NAME` -> the folder that the installed package's get_model_path() returns; all else as it is.
+
+    Importing runs code, and the name may stand in a run that others made: only what pip installed is imported, and not
+    a file of that name in the folder that the program was started in.
+    """
     if not encoder.startswith("package:"):
         return encoder
     name = encoder.removeprefix("package:")
     try:
+        if name.partition(".")[0] not in packages_distributions():
+            raise ImportError(name)
         return str(importlib.import_module(name).get_model_path())
     except (ImportError, AttributeError, ValueError) as e:
         raise UserError(f"text encoder {encoder!r}: no such package with get_model_path(): pip install it") from e
@@ -60,6 +67,7 @@ def _load(folder: str, local: bool) -> tuple[Any, Any, str]:
     logging.disable_progress_bar()
     where: Any = {"local_files_only": local}
     # Without a word on remote code, transformers asks the terminal whether to run it.
+    trust.transformers_config(folder, **where)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
     model = AutoModel.from_pretrained(
         folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **where

@@ -1,12 +1,14 @@
 """What a file that others made may ask for when a model is built from it: weights in safetensors, and nothing else.
 
 timm reads pickles where a folder or a repository has no safetensors, loads whatever file `checkpoint_path` names, and
-takes `hf-hub:...` for an architecture. None of that may come from a file.
+takes `hf-hub:...` for an architecture. transformers fetches kernels that a config names. None of that may come from a
+file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,34 @@ def config(about: Any, where: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str) or not timm.is_model(name):
         raise UserError(f"{where}: timm has no architecture {str(name)[:80]!r}")
     return name, arguments(about.get("model_args") or {}, f"{where}: model_args")
+
+
+def transformers_config(name: str, **where: Any) -> dict[str, Any]:
+    """config.json of a transformers model, read and looked at before anything is built from it. UserError when it asks
+    for the kernel of a repository, which is compiled code, or has timm build something else than an architecture.
+
+    Raises what transformers raises when there is none.
+    """
+    from transformers import PreTrainedConfig
+
+    about, _ = PreTrainedConfig.get_config_dict(name, **where)
+    for key, value in _texts(about):
+        if key.endswith("_implementation") and not re.fullmatch(r"\w*", value):
+            raise UserError(f"{name}/config.json asks for {key}={value[:80]!r}, code from elsewhere that is not run")
+    if "architecture" in about:
+        config(about, f"{name}/config.json")
+    return about
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(tree, Mapping):
+        for name, value in tree.items():
+            yield from _texts(value, key if key.endswith("_implementation") else str(name))
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _texts(value, key)
+    elif isinstance(tree, str):
+        yield key, tree
 
 
 def folder(path: Path) -> None:
