@@ -84,7 +84,8 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_used(what: str, tmp_pa
     assert run.latest(tmp_path).name == "step-1"
     assert run.read_state(tmp_path)["step"] == 1
     told = capsys.readouterr().err
-    assert str(newest) in told and "the checkpoint before it" in told
+    assert str(newest) in told
+    assert "the checkpoint before it" in told
     if "state" not in what:
         with pytest.raises(UserError, match="damaged|missing"):
             run.read_tensors(newest)  # asked for by name, it is refused
@@ -105,7 +106,9 @@ def test_a_full_disk_is_survived_and_the_next_write_tried(tmp_path: Path) -> Non
     writer.save(state(1), *three_of)
     writer.wait()
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the kernel refuses to write on, as a full disk does
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (10_000, limits[1])
+    )  # the kernel refuses to write on, as a full disk does
     try:
         writer.save(state(2), *three_of)
         writer.wait()
@@ -113,7 +116,8 @@ def test_a_full_disk_is_survived_and_the_next_write_tried(tmp_path: Path) -> Non
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     told = writer.failed()
-    assert told and "step 2" in told
+    assert told
+    assert "step 2" in told
     assert writer.failed() is None  # told once
     assert names(tmp_path) == ["latest", "step-1"]  # nothing half-written, nothing lost
     writer.save(state(3), *three_of)

@@ -66,7 +66,8 @@ def test_what_is_not_finite_is_refused_and_named(loss: float, norm: float) -> No
     judged(guard, [norm], loss)
     guard.read()
     assert guard.lost
-    assert "not finite" in guard.diagnosis(1e-3, "bf16", "x") and "precision=no" in guard.diagnosis(1e-3, "bf16", "x")
+    assert "not finite" in guard.diagnosis(1e-3, "bf16", "x")
+    assert "precision=no" in guard.diagnosis(1e-3, "bf16", "x")
 
 
 def test_a_resumed_guard_judges_as_the_first_one_would() -> None:
@@ -87,7 +88,9 @@ def test_buffers_return_where_a_step_is_refused() -> None:
     unchanged.keep(torch.tensor(0.0))
     assert norm.queue.sum() == 3
     unchanged.keep(torch.tensor(1.0))
-    assert norm.queue.sum() == 0 and norm.running_mean.isfinite().all() and norm.num_batches_tracked == 0
+    assert norm.queue.sum() == 0
+    assert norm.running_mean.isfinite().all()
+    assert norm.num_batches_tracked == 0
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad: range) -> list[int]:
