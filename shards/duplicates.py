@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +15,7 @@ from shards import hashes
 from shards.index import Index
 from shards.looks import Looks
 
+PART = 500  # suggestions that a thread judges at a time
 BYTES, PIXELS, NEAR = "bytes", "pixels", "near"  # how a pair was found, the surest first
 
 Array = np.ndarray
@@ -63,7 +66,7 @@ def find(
 
     add(_equal(np.asarray(index_a.column("digest")), np.asarray(index_b.column("digest")), itself), BYTES)
     add(_equal(np.where(a.readable, a.pixels, 0), np.where(b.readable, b.pixels, 0), itself), PIXELS)
-    for rows, scores in (_by_hash(a, b, itself, progress), _by_suggestion(a, b, suggested)):
+    for rows, scores in (_by_hash(a, b, itself, progress), _by_suggestion(a, b, suggested, progress)):
         add(rows, NEAR, scores)
     order = sorted(found)
     at = np.array(order, dtype=np.int64).reshape(-1, 2)
@@ -103,12 +106,23 @@ def _inside(outer: Looks, inner: Looks, itself: bool, progress: Callable[[int, i
     return np.stack([rows_a[pairs[good, 0]], rows_b[pairs[good, 1]]], axis=1), np.array(scores, dtype=float)[good]
 
 
-def _by_suggestion(a: Looks, b: Looks, suggested: Array | None) -> tuple[Array, Array]:
+def _by_suggestion(
+    a: Looks, b: Looks, suggested: Array | None, progress: Callable[[int, int], None]
+) -> tuple[Array, Array]:
+    """Pairs that somebody else finds alike and whose pixels agree: rows [P, 2] and agreement [P]."""
     if suggested is None or not len(suggested):
         return np.empty((0, 2), np.int64), np.empty(0)
     rows = suggested[a.telling[suggested[:, 0]] & b.telling[suggested[:, 1]]]
-    fine_a, fine_b = _Details(a.thumbs), _Details(b.thumbs)
-    scores = np.array([hashes.agreement_any_way(fine_a[x], fine_b[y]) for x, y in rows.tolist()])
+    parts = np.array_split(rows, range(PART, len(rows), PART))
+
+    def judge(part: Array) -> list[float]:
+        return [hashes.agreement_any_way(a.thumbs[x], b.thumbs[y]) for x, y in part.tolist()]
+
+    scores = np.empty(0)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # OpenCV lets go of Python's lock
+        for part in pool.map(judge, parts):
+            scores = np.append(scores, part)
+            progress(len(scores), len(rows))
     good = scores >= hashes.AGREE_WIDE
     return rows[good], scores[good]
 

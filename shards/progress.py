@@ -28,14 +28,14 @@ def bar(what: str) -> Iterator[Tick]:
 
 
 def _lines(what: str, clock: Callable[[], float] = time.monotonic) -> Tick:
-    start: list[float] = []  # time and count at the first call: what was there already took no time
+    start: list[float] = []  # time, count and total at the first call: what was there already took no time
     said = clock()
 
     def tick(done: int, total: int) -> None:
         nonlocal said
         now = clock()
-        if not start:
-            start.extend((now, done))
+        if not start or total != start[2]:  # another total is another part of the task
+            start[:] = now, done, total
         if now - said < _EVERY or done <= start[1]:
             return
         said, rate = now, (done - start[1]) / (now - start[0])
