@@ -72,6 +72,30 @@ def test_what_reads_one_index_reads_a_mix(both: list[str]) -> None:
     assert InLoopProbe(recipe, mix).home.useful
 
 
+def test_each_set_of_a_mix_may_have_its_audit(both: list[str], index: Path, second: Path, tmp_path: Path) -> None:
+    names, dropped = [], set()
+    for root in (second, index):
+        one = open_sets(str(root))
+        drop, leak = (one.key(int(i)) for i in one.select(("train", ""))[[2, 9]])
+        about = {"name": root.name, "sha256": one.sha256, "samples": len(one)}
+        document = {"format": "hybridssl-audit", "version": 1, "index": about, "drop": [drop], "leaks": [leak]}
+        names.append(tmp_path / f"{root.parent.name}.json")
+        names[-1].write_text(json.dumps(document))
+        dropped |= {drop, leak}
+    recipe = load([*both, "out=x", "stream.labelled_fraction=0"])
+    mix = recipe.data.open()
+    whole = data.selected(recipe, mix)
+    for some, count in ((names, 4), (names[:1], 2)):
+        asked = "stream.exclude=" + ",".join(map(str, some))
+        recipe = load([*both, "out=x", "stream.labelled_fraction=0", asked])
+        chosen = data.selected(recipe, mix)
+        assert len(chosen) == len(whole) - count
+        read = islice(data.loader(recipe, mix, False, 8, 0, 0, 1), 2 * len(chosen) // 8)
+        keys = {key for batch in read for key in batch.keys}
+        assert len(keys & dropped) == 4 - count
+        assert keys >= {mix.key(int(i)) for i in chosen[:5]}
+
+
 def test_a_run_on_a_mix_goes_on_and_reports(both: list[str], index: Path, second: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "run"
     assert main([*both, f"out={out}", "steps=2", "stream.weights=[1,1]", "probe.every=2"]) == 0

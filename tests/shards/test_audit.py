@@ -18,6 +18,7 @@ from shards.build import BuildOptions, build
 from shards.errors import DataError
 from shards.format import decode
 from shards.index import Index
+from shards.mix import Mix
 
 Array = np.ndarray
 
@@ -204,6 +205,22 @@ def test_excluded_reads_what_write_wrote(found: audit.Audit, planted: Index, tmp
     audit.write(found.document | {"leaks": [planted.key(20)]}, path)
     numbers = audit.excluded(path, planted)
     assert {planted.key(int(i)) for i in numbers} == {*found.document["drop"], planted.key(20)}
+
+
+def test_of_a_mix_the_samples_of_the_audited_set_are_left_out(
+    found: audit.Audit, planted: Index, index: Index, tmp_path: Path
+) -> None:
+    audit.write(found.document | {"leaks": [planted.key(20)]}, tmp_path / "audit.json")
+    alone = audit.excluded(tmp_path / "audit.json", planted)
+    other = {**found.document, "index": {"name": "o", "sha256": index.sha256, "samples": 60}, "drop": [index.key(7)]}
+    audit.write(other | {"leaks": []}, tmp_path / "other.json")
+    for members, first, own in (([planted, index], 0, len(planted)), ([index, planted], len(index), 0)):
+        mix = Mix(members)
+        assert audit.excluded(tmp_path / "audit.json", mix).tolist() == (alone + first).tolist()
+        assert audit.excluded(tmp_path / "other.json", mix).tolist() == [own + 7]
+    audit.write(other | {"index": found.document["index"] | {"sha256": "another"}}, tmp_path / "other.json")
+    with pytest.raises(DataError, match=r"made of another index .* than .* \+ .* is now"):
+        audit.excluded(tmp_path / "other.json", Mix([planted, index]))
 
 
 def test_an_audit_of_another_index_excludes_nothing(found: audit.Audit, index: Index, tmp_path: Path) -> None:
