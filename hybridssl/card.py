@@ -6,51 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from hybridssl.card_code import codes
 from hybridssl.recipe import to_yaml
+from hybridssl.stated import Result, Stated, figures, judged_on, metadata
 
-# Runs as it stands inside the exported folder; a test does so.
-TIMM_CODE = """\
-import timm, torch
-
-folder = "."  # this folder; timm also takes "hf-hub:ORG/NAME"
-model = timm.create_model(f"local-dir:{{folder}}", pretrained=True, num_classes=0).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # PIL image -> tensor
-images = torch.zeros(1, {channels}, {size}, {size})
-with torch.no_grad():
-    tokens = model.forward_features(images)  # [N, {prefix} + patches, {dim}]
-image_feature, patch_features = tokens[:, 0], tokens[:, {prefix}:]
-"""
-TRANSFORMERS_CODE = """\
-import torch
-from transformers import AutoImageProcessor, AutoModel
-
-folder = "."  # this folder, or ORG/NAME on the hub
-processor = AutoImageProcessor.from_pretrained(folder)  # processor(pil_image) -> pixel_values
-model = AutoModel.from_pretrained(folder).eval()
-images = torch.zeros(1, {channels}, {size}, {size})
-with torch.no_grad():
-    tokens = model(pixel_values=images).last_hidden_state  # [N, {prefix} + patches, {dim}]
-image_feature, patch_features = tokens[:, 0], tokens[:, {prefix}:]
-"""
-# The same two for a convolutional network, whose patch features are the cells of its last feature map.
-TIMM_CODE_CNN = (
-    TIMM_CODE.partition("    tokens")[0]
-    + """\
-    feature_map = model.forward_features(images)  # [N, {dim}, height, width]
-    image_feature = model.forward_head(feature_map, pre_logits=True)  # [N, {dim}]
-patch_features = feature_map.flatten(2).transpose(1, 2)
-"""
-)
-TRANSFORMERS_CODE_CNN = (
-    TRANSFORMERS_CODE.partition("    tokens")[0]
-    + """\
-    output = model(pixel_values=images)
-image_feature = output.pooler_output  # [N, {dim}]
-patch_features = output.last_hidden_state.flatten(2).transpose(1, 2)
-"""
-)
 LIMITS = """\
 A feature extractor for research: linear probes, nearest neighbours, fine-tuning, segmentation heads.
 
@@ -58,6 +17,13 @@ A feature extractor for research: linear probes, nearest neighbours, fine-tuning
 images have and lack: hospitals, devices, skin tones, ages and diseases that are rare there are represented worse.
 Before any use, evaluate it on your own patients, by subgroup, with intervals, on patients that pretraining has not seen
 (`pretraining.safetensors`, where present, holds digests of the images that it was given, to check for leaks).
+"""
+UNJUDGED = """\
+None is stated here. A backbone whose features nobody has judged on patients that it has not seen is not ready for use.
+"""
+PARITY = """\
+The same random images through the backbone as trained and through this folder: largest absolute difference over all
+features, float32, at the training size and at a larger oblong one.
 """
 
 
@@ -86,68 +52,99 @@ def card(
     prefix: int,
     about: Mapping[str, Any],
     which: str,
-    license: str,
     parity: Mapping[str, float],
+    stated: Stated,
+    results: Sequence[Result] = (),
 ) -> str:
     """The text of README.md.
 
     config: config.json; prefix: tokens before the patches, 0 for a convolutional network; about: pretraining.json;
-    parity: library -> difference.
+    parity: library -> difference, where "onnxruntime" tells that there is a model.onnx; results: of these weights.
     """
-    tags = ["timm", "transformers", "image-feature-extraction", "self-supervised", "medical-imaging"]
-    head = {"library_name": "timm", "pipeline_tag": tags[2], "license": license or "unknown", "tags": tags}
     channels, size, _ = config["pretrained_cfg"]["input_size"]
-    numbers = {"channels": channels, "size": size, "prefix": prefix, "dim": config["num_features"]}
-    codes = (TIMM_CODE, TRANSFORMERS_CODE) if prefix else (TIMM_CODE_CNN, TRANSFORMERS_CODE_CNN)
-    with_timm, with_transformers = (fenced(code.format(**numbers), "python") for code in codes)
-    registers = f", {prefix - 1} register tokens" if prefix else ""
-    terms = f"Licence: {escape(license)}." if license else "Its owner has stated no licence yet: ask before you use it."
-    kind = "**All of these images are synthetic.** " if about["synthetic"] else ""
-    splits = [s or "(rows without a split)" for s in about["splits"]]
-    figures = "\n".join(f"| {library} | {difference:.1e} |" for library, difference in parity.items())
+    dim, registers = config["num_features"], f", {prefix - 1} register tokens" if prefix > 1 else ""
+    terms = (
+        f"Licence: {escape(stated.license)}." if stated.license else "Its owner has stated no licence yet: ask first."
+    )
+    loading = codes(channels, size, prefix, dim, "onnxruntime" in parity)
+    use = "\n".join(f"With {library}:\n\n{fenced(code, 'python')}" for library, code in loading.items())
     return f"""\
 ---
-{yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip()}
+{metadata(stated, results).rstrip()}
 ---
 
 # {escape(name)}
 
-A {escape(config["architecture"])} image backbone pretrained with HybridSSL: {numbers["dim"]} features,
+A {escape(config["architecture"])} image backbone pretrained with HybridSSL: {dim} features,
 {channels} x {size} x {size} px{registers}. {terms}
 
 ## What it was trained on
 
-| | |
-| --- | --- |
-| images | {about["samples"]:,} |
-| presentations of an image | {about["images"]:,} in {about["step"]:,} steps |
-| sources | {listed(about["sources"], "not stated")} |
-| splits that were read | {listed(splits, "all")} |
-| classes that labels could name | {listed(about["classes"], "none")} |
-| weights | {escape(which)} |
-
-{kind}This folder holds weights, counts and digests; no image, no report and no patient data.
-
+{_data(about, which, stated)}
 ## Use
 
-With timm:
-
-{with_timm}
-With transformers:
-
-{with_transformers}
+{use}
 ## Intended use and limits
 
 {LIMITS}
+## Evaluation
+
+{_evaluation(results) or UNJUDGED}
 ## Parity
 
-The same random images through the backbone as trained and through this folder: largest absolute difference over all
-tokens, float32, at the training size and at a larger oblong one.
-
-| loaded with | difference |
-| --- | --- |
-{figures}
-
+{PARITY}
+{_table(("loaded with", "difference"), ((library, f"{far:.1e}") for library, far in parity.items()))}
 ## Recipe
 
 {fenced(to_yaml(about["recipe"]), "yaml")}"""
+
+
+def _data(about: Mapping[str, Any], which: str, stated: Stated) -> str:
+    splits = [s or "(rows without a split)" for s in about["splits"]]
+    rows = [
+        ("images", f"{about['samples']:,}"),
+        ("presentations of an image", f"{about['images']:,} in {about['step']:,} steps"),
+        ("sources", listed(about["sources"], "not stated")),
+        ("licences of the data", listed(stated.data_licenses, "not stated")),
+        ("splits that were read", listed(splits, "all")),
+        ("classes that labels could name", listed(about["classes"], "none")),
+        ("weights", escape(which)),
+    ]
+    kind = "**All of these images are synthetic.** " if about["synthetic"] else ""
+    nothing = "This folder holds weights, counts and digests; no image, no report, no file name and no patient data."
+    return f"{_table(('', ''), rows)}\n{kind}{nothing}\n"
+
+
+def _evaluation(results: Sequence[Result]) -> str:
+    """The figures of these weights with their intervals, and below them what spoils any of them."""
+    rows, spoilt = [], []
+    for result in results:
+        data, leaks = result["data"], result["leaks"]
+        counts, units = data.get("splits", {}).get("test"), data.get("groups", {}).get("test")
+        unit = f", {units:,} groups" if units and data.get("group_column") else ""
+        on = f"{escape(judged_on(result))}{' (synthetic)' if data.get('synthetic') else ''}"
+        on += f", {counts:,} images{unit}" if counts else ""
+        for name, row in figures(result):
+            interval = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+            rows.append((escape(result["protocol"]), on, f"{data['labels']:.0%}", escape(name), interval))
+        if found := [f"{leaks[key]:,} {what}" for key, what in LEAKS.items() if leaks.get(key)]:
+            spoilt.append(f"**{escape(result['protocol'])} on {on} leaks:** {', '.join(found)}.\n")
+    if not rows:
+        return ""
+    intro = (
+        "The frozen features as `python -m finetune` judged them, 95 % intervals over groups, or images without them.\n"
+    )
+    return "\n".join([intro, _table(("protocol", "test set", "labels", "metric", "value"), rows), *spoilt])
+
+
+LEAKS = {
+    "pretraining": "judged images were read in pretraining",
+    "groups": "groups are in more than one split",
+    "images": "identical images are in more than one split",
+}
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    """A Markdown table of cells that are escaped already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -154,7 +154,7 @@ def pretraining(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _portable(value: Any, key: str = "") -> Any:
-    """Paths and addresses -> their last part: folders and buckets tell more of a hospital than a published model should.
+    """Paths and addresses -> their last part: folder names tell more about a hospital than a published model should.
 
     Hub ids, which say where weights came from, and sentences stay.
     """

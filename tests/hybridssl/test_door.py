@@ -57,6 +57,10 @@ def test_single_class_is_no_error(table, tmp_path):
         (["prototypes", "--encoder", "x", "--classes", "none.csv", "--out", "t"], "none.csv cannot be read"),
         (["prototypes", "--encoder", "package:nix", "--classes", "ok.csv", "--out", "t"], "package:nix"),
         (["export", "no-run", "--out", "o"], "no-run holds no checkpoint"),
+        (["export", "no-run"], "--out DIR is missing"),
+        (["export", "no-run", "--out", "o", "--private", "--retag"], "--private, --retag without --push"),
+        (["export", "no-run", "--out", "o", "--dataset", "my data"], "--dataset 'my data' is no hub id"),
+        (["export", "no-run", "--out", "o", "--results", "nowhere"], "nowhere holds no results.json"),
     ],
 )
 def test_mistake_is_one_message_and_nothing_written(tmp_path, monkeypatch, capsys, arguments, message):
@@ -72,12 +76,27 @@ def test_mistake_is_one_message_and_nothing_written(tmp_path, monkeypatch, capsy
 
 def test_export_passes_everything_on(monkeypatch, capsys):
     from hybridssl import export
+    from hybridssl.stated import Stated
 
     seen = []
-    report = SimpleNamespace(step=1200, parity_timm=0.0, parity_transformers=2e-7)
+    report = SimpleNamespace(step=1200, parity={"timm": 0.0, "transformers": 2e-7}, results=0)
     monkeypatch.setattr(export, "export", lambda *args: seen.append(args) or report)
-    assert main(["export", "runs/a", "--out", "models/a", "--which", "student", "--license", "mit", "--overwrite"]) == 0
-    assert seen == [("runs/a", "models/a", "student", "mit", True)]
+    command = [
+        "export",
+        "runs/a",
+        "--out",
+        "models/a",
+        "--which",
+        "student",
+        "--license",
+        "mit",
+        "--overwrite",
+        "--onnx",
+    ]
+    said = ["--license", "mit", "--dataset", "a/b", "--dataset", "c", "--data-license", "ours: ask", "--tag", "skin"]
+    assert main([*command, *said]) == 0
+    stated = Stated("mit", ("a/b", "c"), ("ours: ask",), ("skin",))
+    assert seen == [("runs/a", "models/a", "student", stated, True, True)]
     printed = capsys.readouterr().out
     assert "student of step 1,200" in printed
     assert "timm 0.0e+00, transformers 2.0e-07" in printed
@@ -85,7 +104,7 @@ def test_export_passes_everything_on(monkeypatch, capsys):
 
 
 def test_argument_mistakes_exit_with_2(capsys):
-    for arguments in ([], ["bake"], ["export", "runs/a"], ["export", "runs/a", "--out", "x", "--which", "both"]):
+    for arguments in ([], ["bake"], ["export"], ["export", "runs/a", "--out", "x", "--which", "both"]):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 2

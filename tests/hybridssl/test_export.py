@@ -15,60 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 
-from hybridssl import backbone, card, files, run
+from hybridssl import card, run
 from hybridssl import export as exporting
-from hybridssl.backbone import BackboneOptions
 from hybridssl.errors import UserError
 from hybridssl.export import export
-from hybridssl.recipe import to_dict
-
-TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
-NASTY = "a|b <script>alert(1)</script> ](x) `c` \n# head"
-
-
-def make_run(
-    folder: Path, channels: int = 3, size: int = 32, name: str = "vit_tiny_patch16_224", step: int = 7, **options
-) -> Path:
-    """A run folder as the loop leaves it, with weights that differ between student and teacher."""
-    chosen = BackboneOptions(name=name, args=options.pop("args", TINY), **options)
-    tensors = {}
-    for seed, who in enumerate(("student", "teacher")):
-        torch.manual_seed(seed)
-        module = backbone.build(chosen, channels, size)
-        for parameter in module.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        tensors |= {f"{who}.backbone.{k}": v for k, v in module.state_dict().items()}
-    checkpoint = folder / f"checkpoints/step-{step}"
-    checkpoint.mkdir(parents=True)
-    save_file(tensors, checkpoint / "model.safetensors")
-    state = {
-        "format": "hybridssl-run",
-        "version": 1,
-        "step": step,
-        "images": 1234,
-        "recipe": {"data": {"train": "/home/somebody/ward-7/derm"}, "text": {"templates": ["```", NASTY]}, "seed": 3},
-        "backbone": {
-            "options": to_dict(chosen),
-            "channels": channels,
-            "image_size": size,
-            "mean": [0.5] * channels,
-            "std": [0.2] * channels,
-        },
-        "data": {
-            "index": "/home/somebody/ward-7/derm",
-            "index_sha256": "ab",
-            "splits": ["train", ""],
-            "samples": 55,
-            "position": 1234,
-            "synthetic": False,
-            "classes": ["mel", NASTY],
-            "sources": ["clinic", NASTY],
-        },
-        "sha256": {"model.safetensors": files.sha256(checkpoint / "model.safetensors")},
-    }
-    (checkpoint / "state.json").write_text(json.dumps(state))
-    (folder / "checkpoints/latest").write_text(checkpoint.name)
-    return folder
+from hybridssl.stated import Stated
+from tests.hybridssl.exports import CONVOLUTIONS, TINY, make_run
 
 
 @pytest.fixture
@@ -86,11 +38,6 @@ MODELS = {
     "pools by mean": {"name": "vit_base_patch16_rpn_224", "args": {**TINY, "class_token": True}, "size": 32},
     "drop path": {"drop_path": 0.3},
 }
-CONVOLUTIONS = {
-    "densenet121": {"growth_rate": 4, "block_config": (1, 1, 1, 1)},
-    "resnet50": {"layers": (1, 1, 1, 1), "channels": (4, 4, 8, 8)},
-    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)},
-}
 
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
@@ -98,8 +45,8 @@ CONVOLUTIONS = {
 def test_features_are_ours_in_timm_and_in_transformers(tmp_path, options, which):
     folder, out = make_run(tmp_path / "run", **options), tmp_path / "out"
     report = export(folder, out, which)
-    assert report.parity_timm <= 1e-5
-    assert report.parity_transformers <= 1e-5
+    assert set(report.parity) == {"timm", "transformers"}
+    assert max(report.parity.values()) <= 1e-5
 
     ours, state = run.load_backbone(folder, which)
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=0).eval()
@@ -120,7 +67,7 @@ def test_features_are_ours_in_timm_and_in_transformers(tmp_path, options, which)
 def test_a_convolution_gives_our_features_in_timm_in_transformers_and_by_its_card(tmp_path, monkeypatch, name):
     folder = make_run(tmp_path / "run", channels=1, size=64, name=name, args=CONVOLUTIONS[name])
     report = export(folder, tmp_path / "out")
-    assert max(report.parity_timm, report.parity_transformers) <= 1e-5
+    assert max(report.parity.values()) <= 1e-5
     ours, _ = run.load_backbone(folder)
     assert ours(torch.ones(1, 1, 64, 64)).cls.std() > 0.01
     monkeypatch.chdir(tmp_path / "out")
@@ -155,10 +102,13 @@ def test_folder_tells_what_was_read_and_no_path(tiny, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     about = json.loads((tmp_path / "out/pretraining.json").read_text())
     assert (about["samples"], about["images"], about["step"], about["splits"]) == (55, 1234, 7, ["train", ""])
-    assert about["recipe"]["data"]["train"] == "derm"
+    assert about["recipe"]["data"] == {"train": "derm", "probe": "held out"}
+    assert about["recipe"]["stream"] == {"exclude": "derm.json,b.json"}
+    assert about["recipe"]["backbone"]["weights"] == "timm/vit_small"  # a hub id says where the weights came from
+    assert about["recipe"]["text"]["encoder"] == "bert"
     assert load_file(tmp_path / "out/pretraining.safetensors")["digest"].tolist() == [3, -9]
     for path in (tmp_path / "out").iterdir():
-        assert b"somebody" not in path.read_bytes()
+        assert not re.search(rb"somebody|ward-7", path.read_bytes())
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -177,7 +127,7 @@ def test_code_of_the_card_runs(tmp_path, monkeypatch, channels):
 
 
 def test_card_escapes_what_comes_from_data(tiny, tmp_path):
-    export(tiny, tmp_path / "o <b>ut", license="apache-2.0")
+    export(tiny, tmp_path / "o <b>ut", stated=Stated(license="apache-2.0"))
     text = (tmp_path / "o <b>ut/README.md").read_text()
     _, head, body = text.split("---\n", 2)
     assert yaml.safe_load(head)["library_name"] == "timm"
