@@ -33,6 +33,7 @@ from finetune.features import Features
 from finetune.metrics import Interval, bootstrap
 from finetune.shift import Comparison
 from hybridssl.errors import UserError
+from shards.address import public
 from shards.index import Index
 
 Array = np.ndarray
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     if len(fresh) < len(new):
         notes.append(f"{len(new) - len(fresh):,} of the new images are in the reference index too and are left out")
     if not len(fresh):
-        raise UserError(f"all images of {args.new} are in {args.data} already: there is nothing new to compare")
+        raise UserError(f"all images of {new} are in {old} already: there is nothing new to compare")
     periods = periods_of(meta_column(new, fresh, args.time)) if args.time else None
     identity = {"protocol": "drift", "backbone": encoder.about()}
     data = {"sha256": new.sha256, "labels": 0.0, "source": None}
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     control = labelfree.features_of(args, encoder, old, held_out) if len(held_out) else None
     if periods is not None:
         periods = periods[np.isin(fresh, asked.numbers)]
-    for where, part, least in ((args.data, reference, 2 * LEAST), (args.new, asked, LEAST)):
+    for where, part, least in ((old, reference, 2 * LEAST), (new, asked, LEAST)):
         if (groups := len(np.unique(part.group))) < least:
             raise UserError(f"{where} has {groups} patients, lesions or single images to compare; {least} are needed")
     own, _ = shift.distances(reference.x["cls"], reference.group, reference.x["cls"], reference.group)
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
     due, words = verdict(lines, checked)
     far = farthest(distance, asked.group)
     about = labelfree.about("drift", encoder, new, args.new, {"new": asked})
-    about["reference"] = {"index": str(args.data), "sha256": old.sha256, "images": len(reference)}
+    about["reference"] = {"index": public(str(args.data)), "sha256": old.sha256, "images": len(reference)}
     about["selected"] = {"split": "none: nothing is chosen", "by": "", "grid": {}, "choices": [{"seed": args.seed}]}
     about |= {"task": None, "seeds": [args.seed], "cost": labelfree.cost(started), "notes": notes}
     about["detail"] = {

@@ -16,6 +16,7 @@ from finetune.encoder import Encoder
 from finetune.features import Features, default_cache, extract
 from finetune.splits import Leaks
 from finetune.task import device_of, peak_mb
+from shards.address import public
 from shards.index import Index
 
 Array = np.ndarray
@@ -53,7 +54,7 @@ def about(protocol: str, encoder: Encoder, index: Index, path: Path, parts: dict
         "protocol": protocol,
         "backbone": encoder.about(),
         "data": {
-            "index": str(path),
+            "index": public(str(path)),
             "sha256": index.sha256,
             "synthetic": index.synthetic,
             "source": None,

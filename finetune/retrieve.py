@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--k {min(args.k)} must be 1 or more")
     work = task.prepare(args, ["retrieve"])
     if args.gallery not in work.rows:
-        raise UserError(f"--gallery {args.gallery}: {args.data} has no labelled image in that split")
+        raise UserError(f"--gallery {args.gallery}: {work.index} has no labelled image in that split")
     ks, test = sorted(set(args.k)), work.test
     answers = [work.split(seed)[0] if args.gallery == "train" else work.rows[args.gallery] for seed in args.seeds]
     ranked = [_rank(work, rows, [*ks, NEAREST]) for rows in answers]

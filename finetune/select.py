@@ -40,9 +40,9 @@ from finetune.splits import label_subset
 from finetune.strategies import Pick, Pool
 from finetune.task import CARVED
 from hybridssl.errors import UserError
+from hybridssl.files import write_text
 from hybridssl.page import Markup, Page, inline
 from hybridssl.probe import neighbours
-from hybridssl.files import write_text
 from shards.index import Index
 
 Array = np.ndarray
@@ -121,7 +121,7 @@ def choose(args: argparse.Namespace, encoder: Encoder, index: Index, unlabelled:
     room = int(np.minimum(np.bincount(member), left).sum())
     if room < args.count:
         limit = f" with {args.per_group} a patient or lesion" if args.per_group else ""
-        raise UserError(f"{args.data} has {room:,} unlabelled images to propose{limit}, not --count {args.count:,}")
+        raise UserError(f"{index} has {room:,} unlabelled images to propose{limit}, not --count {args.count:,}")
     if doubting:
         picks, chosen = doubtful(taught, pool, space, args)
         return Choice(pool, known, space, picks, chosen, "val, or a part of train where there is no val")
@@ -150,7 +150,7 @@ def doubtful(labelled: Features, pool: Features, space: Pool, args: argparse.Nam
     """The uncertainty strategy: fit the probe on the labels there are, its C chosen on val or on a part of train."""
     occurring = np.flatnonzero(labelled.y.any(0))
     if len(occurring) < 2:
-        raise UserError(f"{args.data} has labels of {len(occurring)} classes: start with --strategy typiclust")
+        raise UserError(f"{pool.index} has labels of {len(occurring)} classes: start with --strategy typiclust")
     classes = [labelled.classes[k] for k in occurring]
     several = bool((labelled.y.sum(1) > 1).any())
     kind = kinds.choose("multi-label" if several else "one-of", classes)
@@ -161,7 +161,7 @@ def doubtful(labelled: Features, pool: Features, space: Pool, args: argparse.Nam
         strata = labelled.y[:, occurring].argmax(1)
         val = label_subset(strata, labelled.group, CARVED, args.seed, keep_one=True)
     if not val.any() or val.all():
-        raise UserError(f"{args.data} has too few labels to fit and judge a probe: start with --strategy typiclust")
+        raise UserError(f"{pool.index} has too few labels to fit and judge a probe: start with --strategy typiclust")
     rows = np.flatnonzero(~val), np.flatnonzero(val)
     head = probe.fit(labelled.x, y, *rows, kind, len(classes), args.seed)
     picks = strategies.uncertainty(space, args.count, head.predict(pool.x), classes, several)

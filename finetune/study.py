@@ -24,6 +24,7 @@ from finetune import studies, study_page
 from finetune.studies import Study
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
+from shards.address import told
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     done = _done(out)
     for step in steps:
         for words in step.commands.values():
-            line = " ".join(words)
+            line = told(" ".join(words))
             Console().print(f"{'done already' if line in done else step.title}: {line}", markup=False, soft_wrap=True)
             if args.dry_run or line in done:
                 continue

@@ -10,6 +10,7 @@ from finetune.pages import CLOSING, linked, plain
 from finetune.results import Result
 from finetune.studies import Step, Study, Values
 from hybridssl.page import Markup, Page, body_of, inline
+from shards.address import told
 
 NOTE = re.compile(r'<p class="note \w+">.*?</p>\n?', re.DOTALL)
 
@@ -21,7 +22,7 @@ def page(study: Study, values: Values, steps: list[Step], out: Path) -> Page:
     verdicts = [r for own in found.values() for r in own if r.protocol.startswith("compare-")]
     for result in verdicts or [r for own in found.values() for r in own][:1]:
         html.answer(_answer(result, target))
-    facts = {key: ", ".join(value) if isinstance(value, list) else value for key, value in values.items()}
+    facts = {key: told(", ".join(value) if isinstance(value, list) else value) for key, value in values.items()}
     html.facts([(key, value or "–") for key, value in facts.items()])
     noted: set[str] = set()
     for step in steps:

@@ -29,6 +29,7 @@ from finetune.features import Features, default_cache, extract
 from finetune.kinds import Kind, choose
 from finetune.splits import Leaks, find_leaks, guard, label_subset
 from hybridssl.errors import UserError
+from shards.address import public
 from shards.index import Index
 
 SPLITS = ("train", "val", "test")
@@ -129,7 +130,7 @@ class Task:
             "task": self.kind.as_dict(),
             "backbone": encoder.about(),
             "data": {
-                "index": str(self.args.data),
+                "index": public(str(self.args.data)),
                 "sha256": self.index.sha256,
                 "synthetic": self.index.synthetic,
                 "source": self.args.source,

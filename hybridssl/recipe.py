@@ -67,9 +67,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_dict(options: Any) -> Any:
-    """Plain dicts, lists and scalars, ready for YAML or JSON."""
+    """Plain dicts, lists and scalars, ready for YAML or JSON.
+
+    A field whose metadata has `recorded` (a function of the value) is written so: without passwords, say.
+    """
     if dataclasses.is_dataclass(options) and not isinstance(options, type):
-        return {f.name: to_dict(getattr(options, f.name)) for f in dataclasses.fields(options)}
+        kept = {f.name: f.metadata.get("recorded", lambda value: value) for f in dataclasses.fields(options)}
+        return {name: to_dict(recorded(getattr(options, name))) for name, recorded in kept.items()}
     if isinstance(options, Mapping):
         return {str(key): to_dict(value) for key, value in options.items()}
     if isinstance(options, list | tuple):

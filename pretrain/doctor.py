@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridssl.errors import UserError
+from shards.address import public
 from shards.errors import DataError
 
 if TYPE_CHECKING:  # help that loads torch first takes ten seconds
@@ -82,7 +83,8 @@ def run(folder: str, keys: Sequence[str], out: str | None) -> None:
     if out:
         Path(out).write_text(_file(proposal, fixed, out, f"{duration} ({how})"), encoding="utf-8")
         print(f"wrote {out}")
-    print(f"next: accelerate launch pretrain {f'recipe={out}' if out else f'data.train={folder}'} out=runs/NAME")
+    which = f"recipe={out}" if out else f"data.train={public(folder)}"
+    print(f"next: accelerate launch pretrain {which} out=runs/NAME")
 
 
 def look(index: Index, fixed: Mapping[str, Any]) -> Proposal:
@@ -188,7 +190,7 @@ def _file(proposal: Proposal, fixed: Mapping[str, Any], path: str, duration: str
         "result": "not measured yet",
         "command": f"accelerate launch pretrain recipe={path} out=runs/{Path(path).stem}",
     }
-    title = f"# Proposed by `python -m hybridssl doctor` for {fixed['data']['train']}.\n#\n"
+    title = f"# Proposed by `python -m hybridssl doctor` for {public(fixed['data']['train'])}.\n#\n"
     lines = "".join(f"# {name:<9} {text}\n" for name, text in head.items())
     return title + lines + proposal.yaml()
 

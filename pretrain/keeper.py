@@ -14,6 +14,7 @@ from hybridssl.run import RunState
 from hybridssl.student import Student
 from pretrain.guard import Guard
 from pretrain.recipe import Recipe
+from shards.address import public
 from shards.index import Index
 
 AGAIN = 5.0  # seconds before the last checkpoint of a run is tried once more
@@ -77,7 +78,7 @@ class Keeper:
         return None
 
     def _state(self, step: int, position: int, guard: Guard) -> RunState:
-        recipe, index = self.recipe, self.index
+        recipe, index, sets = self.recipe, self.index, [public(name) for name in self.recipe.data.sets]
         backbone = {
             "options": to_dict(recipe.backbone),
             "channels": index.channels,
@@ -86,7 +87,7 @@ class Keeper:
             "std": list(recipe.views.std),
         }
         data = {
-            "index": recipe.data.sets[0] if len(recipe.data.sets) == 1 else list(recipe.data.sets),
+            "index": sets[0] if len(sets) == 1 else sets,
             "index_sha256": index.sha256,
             "splits": list(recipe.data.splits),
             "samples": self.samples,

@@ -24,10 +24,10 @@ class InLoopProbe:
         self.home = _Judged(recipe.data.open(recipe.data.probe) if recipe.data.probe else index, recipe)
         self.kept = _Judged(recipe.data.open(recipe.probe.keep), recipe) if recipe.probe.keep else None
         if self.kept and not self.kept.useful:
-            raise UserError(f"probe.keep={recipe.probe.keep}: needs two labelled classes in its train and val splits")
+            raise UserError(f"probe.keep={self.kept.index}: needs two labelled classes in its train and val splits")
         if self.kept and self.kept.index.channels != index.channels:
             raise UserError(
-                f"probe.keep={recipe.probe.keep} has images of {self.kept.index.channels} channels, "
+                f"probe.keep={self.kept.index} has images of {self.kept.index.channels} channels, "
                 f"{index} of {index.channels}: name a set like the one that is trained on"
             )
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from pretrain.draft import ABSENT, Draft, lookup
+from shards.address import told
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _lines(tree: Mapping[str, Any], reasons: Mapping[str, str], path: str = "") 
 
 
 def _inline(value: Any) -> str:
-    value = list(value) if isinstance(value, tuple) else value
+    value = [told(v) if isinstance(v, str) else v for v in value] if isinstance(value, list | tuple) else value
+    value = told(value) if isinstance(value, str) else value  # a password in an address does not belong into a file
     return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
 
 

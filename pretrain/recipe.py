@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hybridssl.backbone import BackboneOptions
 from hybridssl.efficiency import EfficiencyOptions
@@ -15,7 +15,8 @@ from hybridssl.optim import OptimOptions
 from hybridssl.text import TextOptions
 from hybridssl.views import ViewOptions
 from pretrain.guard import GuardOptions
-from shards.index import ADDRESS, Index
+from shards.address import ADDRESS, public
+from shards.index import Index
 from shards.mix import open_sets
 from shards.stream import StreamOptions
 
@@ -23,12 +24,24 @@ RECIPES = Path(__file__).parent / "recipes"
 AUTO = "auto"  # no file: what the doctor proposes for the data and the machine
 
 
+def _recorded(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Folders and addresses as they may be written down: passwords and signatures of an address stay out."""
+    if isinstance(names, str):
+        return ",".join(public(name) for name in names.split(","))
+    return tuple(public(name) for name in names)
+
+
+_PLACE: dict[str, Any] = {"recorded": _recorded}
+
+
 @dataclass(frozen=True)
 class DataOptions:
-    train: str | tuple[str, ...] = ""  # folder from `python -m shards build`, or its https://, s3://, ...; a,b: both
+    # folder from `python -m shards build`, or its https://, s3://, ...; a,b: both
+    train: str | tuple[str, ...] = field(default="", metadata=_PLACE)
     splits: tuple[str, ...] = ("train", "")  # "": rows without a split
     workers: int = 4  # loader processes per GPU
-    probe: str = ""  # folder of the held-out index for the in-loop probe; "": the train/val splits of data.train
+    # folder of the held-out index for the in-loop probe; "": the train/val splits of data.train
+    probe: str = field(default="", metadata=_PLACE)
     cache: str = ""  # folder for what comes from an address; "": HYBRIDSSL_CACHE, else ~/.cache/hybridssl/shards
     cache_size: str = ""  # it grows no further, so at least two stream.window; "": HYBRIDSSL_CACHE_SIZE, else 50GB
 
@@ -79,7 +92,8 @@ class ProbeOptions:
     every: int = 1000  # steps between probes; 0: none
     images: int = 2000  # at most so many of each split
     early_stop: int = 0  # the run ends after so many probes without a better one; 0: never
-    keep: str = ""  # folder of a general labelled index, judged before and during the run: is what was there kept?
+    # folder of a general labelled index, judged before and during the run: is what was there kept?
+    keep: str = field(default="", metadata=_PLACE)
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ class Record:
         if self.main:
             from pretrain import report  # scikit-learn, which training itself does not need
 
-            page = report.write(self.out)
+            page = report.write(self.out, self.recipe.data)
             early = f", ended early: {self.recipe.probe.early_stop} probes without a better one" if reason else ""
             print(f"done: {step} steps, {step * self.recipe.batch.size:,} images{early}\nreport: {page}")
             best = self.out / "checkpoints" / "best"

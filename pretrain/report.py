@@ -115,11 +115,12 @@ class Material:
     missing: str
 
 
-def write(run: Path | str, data: Path | str | None = None) -> Path:
+def write(run: Path | str, data: Path | str | DataOptions | None = None) -> Path:
     """Write run/report.html and return its path.
 
-    data: the shard folder whose images are shown; None: the one that the recipe names. Raises UserError when `run` is
-    no run folder. Any other missing part costs its section, and a line says why.
+    data: the shard folder whose images are shown; None: the one that the recipe names, of which recipe.yaml tells the
+    address without its credentials, and the options of a run that is at hand all. Raises UserError when `run` is no run
+    folder. Any other missing part costs its section, and a line says why.
     """
     m = collect(Path(run), data)
     page = Page(m.recipe.get("name") or m.path.name, "Report of a pretraining run")
@@ -137,7 +138,7 @@ def write(run: Path | str, data: Path | str | None = None) -> Path:
     return page.write(m.path / "report.html")
 
 
-def collect(path: Path, data: Path | str | None) -> Material:
+def collect(path: Path, data: Path | str | DataOptions | None) -> Material:
     if not (path / "recipe.yaml").is_file():
         raise UserError(f"{path} is not a run folder: it has no recipe.yaml")
     recipe, missing = read_yaml(path / "recipe.yaml"), ""
@@ -150,8 +151,8 @@ def collect(path: Path, data: Path | str | None) -> Material:
         torch.manual_seed(0)
         untrained = build(resolve(BackboneOptions, [about["options"]]), about["channels"], about["image_size"])
         fresh = replace(lens, backbone=untrained.eval().to(device))
-        options = recipe.get("data") or {}
-        index = resolve(DataOptions, [options]).open(str(data or options.get("probe") or ""))
+        options = data if isinstance(data, DataOptions) else resolve(DataOptions, [recipe.get("data") or {}])
+        index = options.open(options.probe if data in (None, options) else str(data))
     except (UserError, DataError) as error:
         missing = str(error)
     return Material(path, recipe, read_metrics(path / "metrics.jsonl"), state, lens, fresh, index, missing)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from shards.address import ADDRESS
 from shards.columns import MEMBERS, fit, map_columns
 from shards.errors import DataError
 from shards.format import FORMAT, VERSION, Sample
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # a folder needs no network
     from shards.remote import Remote
 
 OPEN_SHARDS = 64  # maps kept open a process; a map costs address space, not memory
-ADDRESS = re.compile(r"(s3|gs|hf|https?):/+(.*)", re.DOTALL)  # a Path has turned // into /
 
 
 class Index:
@@ -56,10 +56,10 @@ class Index:
         `cache`: where the files of an address go; None: as the environment says (cache.py).
         """
         remote = None
-        if address := ADDRESS.fullmatch(str(root)):
+        if ADDRESS.fullmatch(str(root)):
             from shards.remote import Remote
 
-            remote = Remote(f"{address[1]}://{address[2].rstrip('/')}", cache)
+            remote = Remote(str(root), cache)
             remote.small("index.json")
             remote.small("classes.csv", needed=False)
         root = remote.folder if remote else Path(root).absolute()

@@ -16,11 +16,11 @@ from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote
 
 import fsspec
 from fsspec.callbacks import Callback
 
+from shards import address
 from shards.cache import Cache, CacheFull
 from shards.errors import FetchError
 
@@ -37,8 +37,9 @@ class Remote:
     """The files below `url`, as if they lay on this machine. Picklable, and safe after fork."""
 
     def __init__(self, url: str, cache: Cache | None = None):
-        self.url, self.cache = url, cache or Cache()
-        self.folder = self.cache.folder / "at" / sha256(url.encode()).hexdigest()[:16]
+        self.address, self.cache = address.whole(url), cache or Cache()
+        self.url = address.public(self.address)  # as it is told
+        self.folder = self.cache.folder / "at" / sha256(self.url.encode()).hexdigest()[:16]
         self._forget()
 
     def small(self, name: str, needed: bool = True) -> None:
@@ -120,22 +121,20 @@ class Remote:
 
     def _patiently(self, name: str, work: Callable[[Any, str], T], tries: int) -> T:
         """`work(file system, path)`, tried again after growing pauses, of random length: else all come back at once."""
-        url = f"{self.url}/{quote(name) if self.url.startswith('http') else name}"
+        there = address.below(self.address, name)
+        url = address.public(there)
         reason = ""
         for attempt in range(tries):
             if attempt:
                 pause = min(LONGEST_PAUSE, PAUSE * 2 ** (attempt - 1))
                 time.sleep(pause * random.SystemRandom().uniform(0.5, 1))
             try:
-                return work(*fsspec.core.url_to_fs(url, **_options(url)))
-            except FileNotFoundError:
-                raise NotThere(f"{url} does not exist: is the address right?") from None
-            except PermissionError as error:
-                raise NotThere(f"{url} may not be read ({error}): check the credentials") from None
-            except ImportError as error:
-                raise FetchError(f"{url} needs another package: {error} (s3: pip install 'hybridssl[s3]')") from None
+                return work(*fsspec.core.url_to_fs(there, **_options(there)))
             except Exception as error:  # every driver has its own
-                reason = f"{type(error).__name__}: {error}"
+                error.__traceback__ = None  # fsspec makes it a cycle, in which our caller's maps would keep their locks
+                said = address.hushed(str(error), self.address)
+                _raise_if_lasting(error, url, said)
+                reason = f"{type(error).__name__}: {said}"
         raise FetchError(f"{url} could not be fetched in {tries} tries; the last failed with {reason}")
 
     def _forget(self) -> None:
@@ -143,7 +142,7 @@ class Remote:
         self._wake, self._pid = threading.Event(), 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "cache": self.cache, "folder": self.folder}
+        return {"address": self.address, "url": self.url, "cache": self.cache, "folder": self.folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -151,7 +150,18 @@ class Remote:
 
 
 class NotThere(FetchError):
-    """There is no such file, or it may not be read: trying again does not help."""
+    """There is no such file, or it may not be read."""
+
+
+def _raise_if_lasting(error: Exception, url: str, said: str) -> None:
+    """FetchError for what another try does not mend."""
+    if isinstance(error, FileNotFoundError):
+        raise NotThere(f"{url} does not exist: is the address right?") from None
+    if isinstance(error, PermissionError):
+        raise NotThere(f"{url} may not be read ({said}): check the credentials") from None
+    if isinstance(error, ImportError):
+        name = "gs" if url.startswith("gs") else "s3"
+        raise FetchError(f"{url} needs another package ({said}): pip install 'hybridssl[{name}]'") from None
 
 
 class _Bounded(Callback):

@@ -43,7 +43,7 @@ def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_gpu_and_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.report.write", lambda run: run / "report.html")  # takes longer than the steps
+    monkeypatch.setattr("pretrain.report.write", lambda run, data: run / "report.html")  # takes longer than the steps
     true = fingerprint.machine
     monkeypatch.setattr(fingerprint, "machine", lambda names: replace(true(names), cores=2, bf16=False))
 

@@ -223,7 +223,7 @@ def test_prototypes_beyond_the_limit_show_the_closest(run: Path) -> None:
 
 
 def test_prototypes_from_text_are_shown_before_at_the_start_and_after(index: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(report, "write", lambda run: run / "report.html")
+    monkeypatch.setattr(report, "write", lambda run, data=None: run / "report.html")
     alone = [f"objectives.{name}=null" for name in ("dino", "ibot", "spread")]
     worded = ["objectives.labels={init: text, unfreeze_at: 0}", f"text.encoder={tiny_encoder()}"]
     out = tmp_path / "run"
