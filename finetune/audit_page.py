@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
-from hybridssl.page import Markup, Page, inline
-from hybridssl.pictures import jpeg
+from finetune.audit_pictures import HOW, Pictures, cell, how, show
+from hybridssl.page import Markup, Page
 from shards.audit import Audit
-from shards.errors import DataError
-from shards.format import decode
-from shards.index import Index
 
-PICTURE, QUALITY = 112, 75  # longest side in pixels and JPEG quality: 3 to 5 KB a picture
-GROUPS, A_GROUP, SINGLE = 12, 6, 12  # shown a section: rows, pictures a row, pictures that stand alone
+GROUPS, SINGLE = 12, 12  # shown a section: groups, and pictures that stand alone
 ROWS = 20  # of a table
-
-HOW = {"bytes": "same bytes", "pixels": "same pixels", "near": "near"}
 
 
 def write(found: Audit, path: Path) -> Path:
@@ -32,12 +26,12 @@ def write(found: Audit, path: Path) -> Path:
     if about["index"]["synthetic"]:
         page.note("The images are synthetic, drawn by a program.", "warn")
     page.facts(_facts(about))
-    numbers = _Numbers(found)
+    pictures = Pictures(found.index)
     _leaks(page, found)
-    _copies(page, about, numbers)
-    _crossing(page, about, numbers)
-    _damaged(page, about, numbers)
-    _rims(page, about, numbers)
+    _copies(page, about, pictures)
+    _crossing(page, about, pictures)
+    _damaged(page, about, pictures)
+    _rims(page, about, pictures)
     _confounding(page, about)
     _tallies(page, about["tallies"])
     _method(page, about)
@@ -50,19 +44,31 @@ def answer(about: dict[str, Any]) -> str:
     unreadable = len(about["findings"]["unreadable"])
     crossing = len(about["findings"]["groups_across_splits"])
     parts = [
-        f"{leak['samples']:,} of {total:,} images are also in {leak['index']}" for leak in about["findings"]["against"]
+        f"{leak['samples']:,} of {_count(total, 'image')} {_are(leak['samples'])} also in {leak['index']}"
+        for leak in about["findings"]["against"]
     ]
-    parts.append(f"{len(about['drop']):,} of {total:,} images are redundant copies" if copies else "no image is a copy")
+    dropped = len(about["drop"])
+    kind = "a redundant copy" if dropped == 1 else "redundant copies"
+    parts.append(f"{dropped:,} of {_count(total, 'image')} {_are(dropped)} {kind}" if copies else "no image is a copy")
     across = sum(group["across_splits"] for group in copies)
-    parts += [f"{across:,} pictures lie in more than one split"] if across else []
-    parts += [f"{crossing:,} patients or lesions lie in more than one split"] if crossing else []
+    parts += [f"copies of {_count(across, 'picture')} lie in more than one split"] if across else []
+    people = _count(crossing, "patient or lesion has", "patients or lesions have")
+    parts += [f"{people} images in more than one split"] if crossing else []
     conflicts = sum(group["label_conflict"] for group in copies)
-    parts += [f"{conflicts:,} pictures carry labels that contradict each other"] if conflicts else []
-    parts += [f"{unreadable:,} images cannot be read"] if unreadable else []
+    parts += [f"copies of {_count(conflicts, 'picture')} carry labels that contradict each other"] if conflicts else []
+    parts += [f"{_count(unreadable, 'image')} cannot be read"] if unreadable else []
     told = [row["factor"] for row in about["findings"]["confounding"] if row["shown"]]
     parts += [f"the label can be guessed, better than by chance, from {_listed(told)}"] if told else []
     text = "; ".join(parts)
     return text[0].upper() + text[1:] + "."
+
+
+def _count(number: int, one: str, more: str = "") -> str:
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -101,18 +107,19 @@ def _leaks(page: Page, found: Audit) -> None:
         rows = []
         for n in order.tolist():
             pair, (a, b) = leak["pairs"][n], (int(pairs.a[n]), int(pairs.b[n]))
-            own = _words(pair["key"], pair["split"], found.index.labels(a))
-            theirs = _words(pair["other"], pair["other_split"], other.labels(b), _how(pair))
-            rows.append([(_picture(found.index, a), own), (_picture(other, b), theirs)])
+            rows.append([
+                cell(found.index, a, _in("this set", pair["split"])),
+                cell(other, b, _in(name, pair["other_split"]), how(pair)),
+            ])  # fmt: skip
         page.text(_shown(len(rows), len(pairs), "pairs, the least certain first"))
-        page.images(rows, ["this set", name], cell=PICTURE)
+        show(page, rows)
 
 
-def _copies(page: Page, about: dict[str, Any], numbers: _Numbers) -> None:
+def _copies(page: Page, about: dict[str, Any], pictures: Pictures) -> None:
     groups = about["findings"]["duplicates"]
     page.section(
         "Copies",
-        "Pictures that are there more than once. The first of each row is kept; the others are what audit.json lists "
+        "Pictures that are there more than once. The first of each group is kept; the others are what audit.json lists "
         "under drop, and stream.exclude=audit.json keeps out of a run.",
     )
     if not groups:
@@ -130,10 +137,10 @@ def _copies(page: Page, about: dict[str, Any], numbers: _Numbers) -> None:
     for what, some in chosen.items():
         if some:
             page.text(_shown(min(GROUPS, len(some)), len(some), f"groups of copies, {what}"))
-            page.images([numbers.row(g) for g in some[:GROUPS]], cell=PICTURE)
+            show(page, [pictures.of_group(g) for g in some[:GROUPS]])
 
 
-def _crossing(page: Page, about: dict[str, Any], numbers: _Numbers) -> None:
+def _crossing(page: Page, about: dict[str, Any], pictures: Pictures) -> None:
     crossing = about["findings"]["groups_across_splits"]
     if not crossing:
         return
@@ -141,12 +148,11 @@ def _crossing(page: Page, about: dict[str, Any], numbers: _Numbers) -> None:
     page.text(_shown(min(GROUPS, len(crossing)), len(crossing), "groups"))
     rows = []
     for by_split in crossing[:GROUPS]:
-        keys = [(key, split) for split, keys in by_split.items() for key in keys[:2]][:A_GROUP]
-        rows.append([numbers.cell(key, split) for key, split in keys])
-    page.images(rows, cell=PICTURE)
+        rows.append([pictures.of_key(key, split) for split, keys in by_split.items() for key in keys[:2]])
+    show(page, rows)
 
 
-def _damaged(page: Page, about: dict[str, Any], numbers: _Numbers) -> None:
+def _damaged(page: Page, about: dict[str, Any], pictures: Pictures) -> None:
     unreadable, constant = about["findings"]["unreadable"], about["findings"]["constant"]
     if not unreadable and not constant:
         return
@@ -156,10 +162,10 @@ def _damaged(page: Page, about: dict[str, Any], numbers: _Numbers) -> None:
         page.text(_shown(min(ROWS, len(unreadable)), len(unreadable), "unreadable images"))
     if constant:
         page.text(_shown(min(SINGLE, len(constant)), len(constant), "images of one colour"))
-        page.images(_grid([numbers.cell(key) for key in constant[:SINGLE]]), cell=PICTURE)
+        show(page, [[pictures.of_key(key)] for key in constant[:SINGLE]])
 
 
-def _rims(page: Page, about: dict[str, Any], numbers: _Numbers) -> None:
+def _rims(page: Page, about: dict[str, Any], pictures: Pictures) -> None:
     rims = {kind: keys for kind, keys in about["findings"]["rims"].items() if keys}
     if not rims:
         return
@@ -171,7 +177,7 @@ def _rims(page: Page, about: dict[str, Any], numbers: _Numbers) -> None:
     for kind, keys in rims.items():
         some = [keys[int(n)] for n in np.unique(np.linspace(0, len(keys) - 1, min(SINGLE, len(keys))))]
         page.text(_shown(len(some), len(keys), f"images with a {kind}"))
-        page.images(_grid([numbers.cell(key) for key in some]), cell=PICTURE)
+        show(page, [[pictures.of_key(key)] for key in some])
 
 
 def _confounding(page: Page, about: dict[str, Any]) -> None:
@@ -255,49 +261,10 @@ def _method(page: Page, about: dict[str, Any]) -> None:
     )
 
 
-class _Numbers:
-    """Sample numbers by key, for pictures with their captions."""
-
-    def __init__(self, found: Audit) -> None:
-        self.index = found.index
-        self.numbers = {found.index.key(i): i for i in range(len(found.index))}
-
-    def cell(self, key: str, split: str = "", more: str = "") -> tuple[Markup | bytes, Markup]:
-        number = self.numbers[key]
-        return _picture(self.index, number), _words(key, split, self.index.labels(number), more)
-
-    def row(self, group: dict[str, Any]) -> list[tuple[Markup | bytes, Markup]]:
-        rows = list(zip(group["keys"], group["splits"], strict=True))[:A_GROUP]
-        cells = [self.cell(key, split, _how(group) if n else "kept") for n, (key, split) in enumerate(rows)]
-        left = len(group["keys"]) - len(cells)
-        return [*cells, (Markup("<p></p>"), Markup(f"and {left:,} more"))] if left else cells
-
-
-def _picture(index: Index, number: int) -> Markup | bytes:
-    """The whole picture, rims and all, as a small JPEG; what does not decode is a line of text."""
-    try:
-        image = decode(index.read(number).image, PICTURE, index.channels)
-    except DataError:
-        return Markup("<p>unreadable</p>")
-    scale = PICTURE / max(image.shape[:2])
-    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
-    small = small.reshape(size[1], size[0], -1)
-    return jpeg(small[..., :3] if small.shape[2] >= 3 else small[..., :1].repeat(3, axis=2), QUALITY)
-
-
-def _words(key: str, split: str, labels: Sequence[str], more: str = "") -> Markup:
-    lines = [f"<b>{inline('|'.join(labels) or 'unlabelled')}</b>", inline(split), inline(more), inline(key)]
-    return Markup("<br>".join(filter(None, lines)))
-
-
-def _how(found: dict[str, Any]) -> str:
-    return f"near, {found['agreement']:.2f}" if found["how"] == "near" else HOW[found["how"]]
+def _in(name: str, split: str) -> str:
+    return f"{name}, {split}" if split else name
 
 
 def _shown(shown: int, total: int, what: str) -> str:
+    what = re.sub(r"\b(image|group|pair)s\b", r"\1", what, count=1) if total == 1 else what
     return f"{total:,} {what}." if shown == total else f"{shown:,} of {total:,} {what}."
-
-
-def _grid(cells: list[tuple[Markup | bytes, Markup]]) -> list[list[tuple[Markup | bytes, Markup]]]:
-    return [cells[n : n + A_GROUP] for n in range(0, len(cells), A_GROUP)]

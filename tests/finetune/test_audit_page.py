@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from finetune import audit_page
+from finetune import audit_page, audit_pictures
 from shards.__main__ import main
 from shards.build import build
 from shards.options import BuildOptions
@@ -53,7 +53,7 @@ def test_from_the_door_to_the_page(folder: Path, tmp_path: Path, capsys: pytest.
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "http" not in page.replace("http-equiv", "")
-    most = 2 * audit_page.GROUPS + 3 * audit_page.GROUPS * audit_page.A_GROUP + audit_page.SINGLE
+    most = 2 * audit_page.GROUPS + 3 * audit_page.GROUPS * audit_pictures.A_GROUP + audit_page.SINGLE
     assert 0 < page.count("<img") <= most
     assert len(page) < 1_500_000
 
@@ -75,3 +75,19 @@ def test_a_histogram_may_suggest_and_an_unknown_backbone_is_one_line(
 )
 def test_lists_read_as_english(names: list[str], text: str) -> None:
     assert audit_page._listed(names) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(1, "1 of 9 images is a redundant copy; 1 image cannot be read"), (2, "2 of 9 images are redundant copies")],
+)
+def test_the_answer_counts_in_english(number: int, words: str) -> None:
+    findings = {
+        "duplicates": [{"across_splits": False, "label_conflict": False}] * number,
+        "unreadable": [{}] * (2 - number),
+        "groups_across_splits": [],
+        "against": [],
+        "confounding": [],
+    }
+    document = {"findings": findings, "drop": ["k"] * number, "index": {"samples": 9}}
+    assert audit_page.answer(document) == words + "."
