@@ -120,10 +120,9 @@ def _evaluation(results: Sequence[Result]) -> str:
     rows, spoilt = [], []
     for result in results:
         data, leaks = result["data"], result["leaks"]
-        counts, units = data.get("splits", {}).get("test"), data.get("groups", {}).get("test")
-        unit = f", {units:,} groups" if units and data.get("group_column") else ""
         on = f"{escape(judged_on(result))}{' (synthetic)' if data.get('synthetic') else ''}"
-        on += f", {counts:,} images{unit}" if counts else ""
+        on += f", {data['splits']['test']:,} images"
+        on += f", {data['groups']['test']:,} groups" if data.get("group_column") else ""
         for name, row in figures(result):
             interval = f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
             rows.append((escape(result["protocol"]), on, f"{data['labels']:.0%}", escape(name), interval))

@@ -59,11 +59,15 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    exported = (Path(args.checkpoint) / "pretraining.json").is_file()
+    exported = _is_export(args.checkpoint)
     _check(args, exported)
     folder = args.checkpoint if exported else _export(args)
     if args.push:
         _push(args, folder)
+
+
+def _is_export(folder: str) -> bool:
+    return (Path(folder) / "pretraining.json").is_file()
 
 
 def _check(args: argparse.Namespace, exported: bool) -> None:
@@ -83,6 +87,11 @@ def _check(args: argparse.Namespace, exported: bool) -> None:
     if args.push:  # no work for a push that cannot be
         push.check_names(args.push, args.revision or "")
         push.require_token()
+        if args.out and _is_export(args.out) and not args.overwrite:
+            raise UserError(
+                f"{args.out} holds an export already: `python -m hybridssl export {args.out} --push {args.push}` sends "
+                "it as it stands, --overwrite writes it anew"
+            )
 
 
 def _flags(names: Sequence[str]) -> str:
@@ -100,7 +109,7 @@ def _export(args: argparse.Namespace) -> str:
     figures = ", ".join(f"{library} {far:.1e}" for library, far in report.parity.items())
     print(f"difference from the trained backbone: {figures}")
     if args.results:
-        print(f"the model card shows {report.results} evaluations of this backbone")
+        print(f"evaluations of this backbone in the model card: {report.results}")
     if not args.license:
         print("the model card states no licence; --license ID fills it in")
     return args.out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -49,7 +50,7 @@ class Plan:
         sizes = {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in self.files.items()}
         return [
             f"to the model repository {self.repo}{' (private)' if self.private else ''}, tag {self.tag}:",
-            *(f"  {name:<{max(map(len, sizes))}}  {size / 1e6:>10,.3f} MB" for name, size in sizes.items()),
+            *(f"  {name:<{max(map(len, sizes))}}  {math.ceil(size / 1000):>10,} kB" for name, size in sizes.items()),
             *([f"  not sent, as no part of an export: {', '.join(self.left_out)}"] if self.left_out else []),
         ]
 
@@ -212,7 +213,8 @@ def _reason(error: BaseException, plan: Plan) -> str:
         return f"nothing was sent to {plan.repo}, as HF_HUB_OFFLINE is set: unset it"
     if answer is None:
         root = chain[-1]
-        return f"the upload to {plan.repo} broke ({type(root).__name__}: {_brief(root)}); {again}"
+        mirror = "; HF_HUB_DISABLE_XET=1 is for a mirror that knows no Xet" if "xet-" in str(root) else ""
+        return f"the upload to {plan.repo} broke ({type(root).__name__}: {_brief(root)}); {again}{mirror}"
     status, said = answer.response.status_code, _brief(answer.server_message or answer)
     if status == 401:
         return f"the hub does not accept the token (401): {LOGIN}"

@@ -100,7 +100,8 @@ class Stated:
                     f"--results {folder} holds results of {others}: other weights than these (sha256 {sha256[:12]}); "
                     "evaluate this checkpoint, or name the folder of its own results"
                 )
-        return [r for found in self.results.values() for r in found if r["backbone"]["sha256"] == sha256]
+        mine = (r for found in self.results.values() for r in found if r["backbone"]["sha256"] == sha256)
+        return [r for r in mine if r["data"].get("splits", {}).get("test")]  # drift, say, judges no backbone
 
 
 def metadata(stated: Stated, results: Sequence[Result]) -> str:
@@ -132,19 +133,18 @@ def figures(result: Result) -> Iterator[tuple[str, Mapping[str, float]]]:
 
 def judged_on(result: Result) -> str:
     """The name of the evaluation set: the last part of its folder, as other parts may tell of a hospital."""
-    return PurePath(str(result["data"].get("index") or "")).name or "not named"
+    return PurePath(str(result["data"].get("index") or "").partition("?")[0]).name or "not named"
 
 
 def _score(result: Result, name: str, row: Mapping[str, float]) -> EvalResult:
     segments = "segment" in result["protocol"]
     return EvalResult(
         task_type="image-segmentation" if segments else "image-classification",
-        task_name=result["protocol"],
         dataset_type=_slug(judged_on(result)),
         dataset_name=judged_on(result),
         dataset_split="test",
         metric_type=name,
-        metric_name=f"{name}, {result['data']['labels']:.0%} of the labels",
+        metric_name=f"{name} ({result['protocol']}, {result['data']['labels']:.0%} of the labels)",
         metric_value=round(row["value"], 4),
         metric_args={"low": round(row["low"], 4), "high": round(row["high"], 4)},  # the 95 % interval
     )

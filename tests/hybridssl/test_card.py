@@ -75,16 +75,20 @@ def test_card_shows_figures_with_intervals_for_readers_and_for_the_hub(trained, 
     (folder / "results.json").write_text(json.dumps(result_of(trained)))
     other = tmp_path / "results/random"
     other.mkdir()
+    drift = result_of(trained, protocol="drift", data=RESULT["data"] | {"splits": {"new": 9}})
+    (folder / "drift").mkdir()
+    (folder / "drift/results.json").write_text(json.dumps(drift))
     (other / "results.json").write_text(json.dumps(RESULT | {"protocol": "another's"}))
     said = ["--license", "CC-BY-NC-4.0", "--dataset", "marmal88/ham", "--tag", "dermatology", "--tag", "timm"]
     said += ["--data-license", "HAM10000: CC BY-NC 4.0", "--results", str(tmp_path / "results")]
     assert main(["export", str(trained), "--out", str(tmp_path / "out"), *said]) == 0
-    assert "the model card shows 1 evaluations of this backbone" in capsys.readouterr().out
+    assert "evaluations of this backbone in the model card: 1" in capsys.readouterr().out
     text = (tmp_path / "out/README.md").read_text()
     assert "| knn | derm, 1,990 images, 1,495 groups | 10% | balanced&#95;accuracy | 0.412 [0.377, 0.455] |" in text
     assert text.index("balanced&#95;accuracy") < text.index("| accuracy |")  # what was selected by comes first
     assert "HAM10000&#58; CC BY-NC 4.0" in text
     assert "another" not in text
+    assert "drift" not in text  # it judges the images
     assert "recall" not in text  # could not be computed
     assert not re.search("somebody|ward-7", text)
 
@@ -94,6 +98,7 @@ def test_card_shows_figures_with_intervals_for_readers_and_for_the_hub(trained, 
     assert data.tags.count("timm") == 1
     assert data.metrics == ["balanced_accuracy", "accuracy"]
     (score, _) = data.eval_results
+    assert score.metric_name == "balanced_accuracy (knn, 10% of the labels)"
     assert (score.metric_value, score.metric_args, score.dataset_name) == (
         0.4123,
         {"low": 0.377, "high": 0.455},

@@ -228,6 +228,16 @@ def test_a_mishap_is_one_line_and_never_tells_the_token(hub, folder, monkeypatch
     assert not any(repo.tags for repo in hub.repos.values())
 
 
+def test_a_mirror_without_xet_is_told_how(hub, folder, monkeypatch, capsys):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    assert send(folder) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "HF_HUB_DISABLE_XET=1 is for a mirror that knows no Xet" in printed
+    assert stored(hub) == {}
+
+
 def test_private_means_private(hub, folder, capsys):
     assert send(folder, "--private") == 0
     assert hub.repos[REPO].private
@@ -253,6 +263,8 @@ def test_a_run_is_exported_and_pushed_in_one_line(hub, exported, tmp_path, capsy
     assert main(["export", str(exported / "run"), "--out", str(out), "--push", REPO, "--revision", "v1"]) == 0
     assert stored(hub, "v1") == as_sent(out)
     assert f'timm.create_model("hf-hub:{REPO}@v1"' in capsys.readouterr().out
+    assert main(["export", str(exported / "run"), "--out", str(out), "--push", REPO]) == 2
+    assert f"`python -m hybridssl export {out} --push {REPO}` sends it as it stands" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("repo", ["derm", "a/b/c", "a b/c", ".a/b", "a/", "ä/b", "../b", "a/b\n"])
