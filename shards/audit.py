@@ -85,13 +85,13 @@ def audit(
 
 
 def _look(index: Index, bar: Bar) -> Looks:
-    with bar(f"reading {index.root.name}") as tick:
+    with bar(f"reading {index.name}") as tick:
         return look(index, tick)
 
 
 def _find(own: tuple[Index, Looks], other: tuple[Index, Looks] | None, suggest: Suggest | None, bar: Bar) -> Pairs:
     suggested = suggest(own[0], (other or own)[0]) if suggest else None
-    with bar(f"comparing with {(other or own)[0].root.name}") as tick:
+    with bar(f"comparing with {(other or own)[0].name}") as tick:
         return duplicates.find(own, other, suggested, tick)
 
 
@@ -140,7 +140,7 @@ def _is_audit(path: Path) -> bool:
 
 def _about(index: Index) -> dict[str, Any]:
     return {
-        "name": index.root.name,
+        "name": index.name,
         "sha256": index.sha256,
         "samples": len(index),
         "synthetic": index.synthetic,
@@ -198,7 +198,7 @@ def groups_across_splits(index: Index) -> list[dict[str, list[str]]]:
 def _leaks(index: Index, other: Index, pairs: Pairs) -> dict[str, Any]:
     rows = zip(pairs.a.tolist(), pairs.b.tolist(), pairs.how, pairs.agreement.tolist(), strict=True)
     return {
-        "index": other.root.name,
+        "index": other.name,
         "samples": len(set(pairs.a.tolist())),
         "other_samples": len(set(pairs.b.tolist())),
         "pairs": [

@@ -91,6 +91,11 @@ class Index:
     def __str__(self) -> str:
         return self.remote.url if self.remote else str(self.root)
 
+    @property
+    def name(self) -> str:
+        """Of its folder, wherever that lies: for results, which name no machine."""
+        return str(self).rpartition("/")[2]
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

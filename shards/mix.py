@@ -73,6 +73,10 @@ class Mix(Index):
     def __str__(self) -> str:
         return " + ".join(map(str, self.members))
 
+    @property
+    def name(self) -> str:
+        return " + ".join(member.name for member in self.members)
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_joined": {}}
 

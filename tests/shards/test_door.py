@@ -62,7 +62,7 @@ def test_a_wrong_verb_exits_2_and_help_has_examples(capsys: pytest.CaptureFixtur
         with pytest.raises(SystemExit) as stop:
             main(argv)
         assert stop.value.code == 2
-    for verb in ("demo", "build", "index", "stats"):
+    for verb in ("demo", "build", "index", "audit", "stats"):
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         assert stop.value.code == 0

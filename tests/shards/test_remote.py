@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from shards import remote
+from shards.__main__ import main
 from shards.cache import Cache, CacheFull, parse_size
 from shards.errors import FetchError
 from shards.index import Index
@@ -117,6 +118,17 @@ def test_an_address_reads_like_a_folder(url: str, index: Index, cache: Cache) ->
     assert again.read(7) == index.read(7)
     assert Index.open(Path(url), cache).sha256 == index.sha256  # a Path has lost a slash
     assert len(open_sets(url, cache)) == 60
+
+
+def test_an_address_is_audited_like_a_folder(
+    url: str, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYBRIDSSL_CACHE", str(tmp_path / "cache"))
+    assert main(["audit", url, "--against", url, "--out", str(tmp_path / "there")]) == 0
+    assert main(["audit", str(index.root), "--against", str(index.root), "--out", str(tmp_path / "here")]) == 0
+    there, here = (json.loads((tmp_path / name / "audit.json").read_text()) for name in ("there", "here"))
+    assert there == here
+    assert there["index"]["name"] == index.root.name
 
 
 def test_each_shard_is_fetched_once_and_kept(url: str, server: Server, cache: Cache) -> None:
