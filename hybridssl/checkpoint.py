@@ -59,6 +59,7 @@ class Writer:
         self._failure: str | None = None
         for left in (run / "checkpoints").glob("*.partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
+        _prune(run / "checkpoints", keep)
 
     def save(
         self,
