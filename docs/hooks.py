@@ -1,4 +1,4 @@
-"""What `make docs` makes out of the code: the table of recipe keys, the list of recipes, and equations as MathML.
+"""What `make docs` makes out of the code: the recipe keys, the list of recipes, and equations as MathML.
 
 mkdocs calls the functions `on_...`. A page asks for a part with a comment, such as `<!-- recipe keys -->`, so nothing
 of it is written twice, and nothing can go stale. No page loads anything from elsewhere.
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import griffe
 import yaml
 
 from hybridssl.recipe import read_yaml, to_dict
@@ -41,7 +42,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    for mark, make in (("<!-- recipe keys -->", key_tables), ("<!-- recipes -->", recipe_list)):
+    for mark, make in (("<!-- recipe keys -->", key_lists), ("<!-- recipes -->", recipe_list)):
         if mark in markdown:
             markdown = markdown.replace(mark, make())
     return markdown
@@ -55,16 +56,13 @@ def equation(source: str, *_: Any, **__: Any) -> str:
     return '<div class="math">' + "".join(convert(line, display="block") for line in lines) + "</div>"
 
 
-def key_tables() -> str:
-    """A heading and a table for each section of the recipe."""
+def key_lists() -> str:
+    """A heading for each section of the recipe, and its keys below it."""
     out = []
     for path, about, keys in sections(recipes.Recipe):
         out += [f"## `{path}`" if path else "## The run", "", *([about, ""] if about else [])]
-        out += ["| key | type | default | |", "| --- | --- | --- | --- |"]
         for key in keys:
-            cells = (f"`{key.path.rpartition('.')[2]}`", key.type, f"`{_yaml(key.default)}`", key.help)
-            out.append("| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |")
-        out.append("")
+            out += [f"`{key.path}`", f":   {key.type}, default `{_yaml(key.default)}`<br>", f"    {key.help}", ""]
     return "\n".join(out)
 
 
@@ -92,27 +90,43 @@ def keys() -> dict[str, Key]:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """{field: its comment}: beside the field and going on below it, or above a field that has none beside it."""
+    """{field: its comment} of a dataclass and of those that it builds on."""
     found: dict[str, str] = {}
     for base in [c for c in reversed(cls.__mro__) if dataclasses.is_dataclass(c)]:
-        source = textwrap.dedent(inspect.getsource(base))
-        lines, said = source.splitlines(), {}
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                said[token.start[0]] = token.string.lstrip("# ")
-        alone = {number for number in said if lines[number - 1].lstrip().startswith("#")}
-        fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]  # type: ignore
-        above: list[str] = []  # comments since the last field
-        for node, after in zip(fields, (*fields[1:], None)[: len(fields)], strict=True):
-            rows = range(node.lineno, (node.end_lineno or node.lineno) + 1)
-            until = after.lineno if after else len(lines) + 1
-            below = [said[number] for number in range(rows[-1] + 1, until) if number in alone]
-            beside = [said[number] for number in rows if number in said] or above
-            ahead = after is not None and not any(n in said for n in range(after.lineno, (after.end_lineno or 0) + 1))
-            name = ast.unparse(node.target)
-            found[name] = " ".join(beside if ahead else beside + below) or found.get(name, "")
-            above = below if ahead else []
+        own = field_comments(inspect.getsource(base))
+        found |= {name: text or found.get(name, "") for name, text in own.items()}
     return found
+
+
+def field_comments(source: str) -> dict[str, str]:
+    """{field: its comment} of a class: beside the field and going on below it, or above one that has none beside it."""
+    source = textwrap.dedent(source)
+    lines, said = source.splitlines(), {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            said[token.start[0]] = token.string.lstrip("# ")
+    alone = {number for number in said if lines[number - 1].lstrip().startswith("#")}
+    fields = [node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)]  # type: ignore
+    above = [said[number] for number in sorted(alone) if fields and number < fields[0].lineno]  # the next field
+    found = {}
+    for node, after in zip(fields, (*fields[1:], None)[: len(fields)], strict=True):
+        rows = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        until = after.lineno if after else next(n for n in range(rows[-1] + 1, len(lines) + 2) if n not in alone)
+        below = [said[number] for number in range(rows[-1] + 1, until) if number in alone]
+        beside = [said[number] for number in rows if number in said] or above
+        ahead = after is not None and not any(n in said for n in range(after.lineno, (after.end_lineno or 0) + 1))
+        found[ast.unparse(node.target)] = " ".join(beside if ahead else beside + below)
+        above = below if ahead else []
+    return found
+
+
+class FieldComments(griffe.Extension):
+    """For the reference: the comment beside a field says what there is to say of it, its shape above all."""
+
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        for name, text in field_comments(cls.source).items():
+            if text and name in cls.members and not cls.members[name].docstring:
+                cls.members[name].docstring = griffe.Docstring(text, parent=cls.members[name])  # type: ignore
 
 
 def _words(hint: Any) -> str:
