@@ -47,7 +47,7 @@ def whole(continued: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes longer than the four steps."""
-    monkeypatch.setattr("pretrain.report.write", lambda run: run / "report.html")
+    monkeypatch.setattr("pretrain.report.write", lambda run, data=None: run / "report.html")
 
 
 def tensors(folder: Path, step: int = 4) -> dict[str, torch.Tensor]:
