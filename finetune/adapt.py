@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from finetune import adapted, adapters, options, probe, task
@@ -32,6 +31,7 @@ from finetune.task import Task
 from finetune.training import FLIPS, Recipe, Trained, all_flips, predict, train
 from hybridssl import lora
 from hybridssl.errors import UserError
+from shards.terminal import Terminal
 
 # The learning rates and the recipe of each mode. lora: 2508.04441 (Adam, without weight decay, one rising and falling
 # cycle); partial: weight decay and batch of 2310.19522; full and lpft: common practice for ViTs (2106.08254).
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     work.finish(protocol, scores, [found.choice for found in fits], plan.as_dict(), val, detail=detail)
     lora.merge(fits[best].classifier.model)
     adapted.save(folder, fits[best].classifier, work, work.split(args.seeds[best])[0], about)
-    Console().print(f"the adapted backbone: {folder}", markup=False, soft_wrap=True)
+    Terminal().print(f"the adapted backbone: {folder}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ def fit(work: Task, train_rows: np.ndarray, val_rows: np.ndarray, plan: Plan, se
         torch.manual_seed(seed)
         return adapters.build(work.encoder, change, present, start)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with (
         torch.random.fork_rng(),
-        Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress,
+        Progress(*columns, TimeRemainingColumn(), console=Terminal(stderr=True)) as progress,
     ):
         for lr in plan.lrs:
             name = f"{change.mode}, lr {lr:g}, seed {seed}"

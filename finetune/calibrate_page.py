@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from finetune.metrics import Interval
@@ -13,6 +12,7 @@ from finetune.pages import begin, cell, close, plain
 from finetune.results import interval
 from hybridssl.charts_reliability import reliability_diagram
 from hybridssl.page import Page
+from shards.terminal import Terminal
 
 ERRORS = {
     "ece": "expected calibration error, 15 bins of equal width",
@@ -106,9 +106,9 @@ def sentences(about: dict[str, Any], found: Found) -> list[str]:
 
 def show(about: dict[str, Any], found: Found, path: Path) -> None:
     """The result as tables on the terminal."""
-    console, detail = Console(), about["detail"]
+    console, detail = Terminal(), about["detail"]
     title = f"{about['protocol']}: {about['backbone']['name']} on {about['data']['index']}"
-    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(title, style="bold", soft_wrap=True)
     table = Table("", "as it is", "scaled")
     for name in ERRORS:
         table.add_row(name, str(found[name]), str(found[f"{name}_scaled"]))
@@ -119,10 +119,10 @@ def show(about: dict[str, Any], found: Found, path: Path) -> None:
             table.add_row(name, str(found[f"sensitivity at {name}"]), str(found[f"specificity at {name}"]))
         console.print(table)
     for sentence in detail["said"]:
-        console.print(sentence, markup=False)
+        console.print(sentence)
     for note in about["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"written: {path} and report.html beside it", markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"written: {path} and report.html beside it", soft_wrap=True)
 
 
 def _fixed(detail: dict[str, Any]) -> list[str]:

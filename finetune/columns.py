@@ -9,11 +9,11 @@ import difflib
 from functools import lru_cache
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from hybridssl.errors import UserError
 from shards.index import Index
+from shards.terminal import Terminal
 
 SPECIAL = ("source", "label", "group", "split")  # known to every index, whatever its table held
 
@@ -42,7 +42,7 @@ def _rows(index: Index, numbers: bytes) -> list[dict[str, str]]:
     """The free columns and SPECIAL names of samples, as text; values that are missing or null are left out."""
     wanted = np.frombuffer(numbers, dtype=np.int64).tolist()
     rows = []
-    for number in track(wanted, "columns of the table", console=Console(stderr=True), transient=True):
+    for number in track(wanted, "columns of the table", console=Terminal(stderr=True), transient=True):
         sample = index.read(number)
         row = {str(key): str(value) for key, value in sample.meta.items() if value is not None}
         special = (sample.source, "|".join(sample.labels), sample.group, sample.split)

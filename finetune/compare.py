@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from finetune import judged, results
@@ -31,6 +30,7 @@ from finetune.resample import Draws, Statistic, holm, resample
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.page import Page
+from shards.terminal import Terminal
 
 RESAMPLES = 10_000  # the smallest p-value is 2 / 10,001: it must survive being multiplied by the number of comparisons
 ALPHA = 0.05
@@ -236,12 +236,12 @@ def page(
 
 
 def _show(about: dict[str, Any], compared: list[Comparison], path: Path) -> None:
-    console, metric = Console(), plain(about["detail"]["metric"])
-    console.print(f"{about['protocol']} on {about['data']['index']}", style="bold", markup=False, soft_wrap=True)
+    console, metric = Terminal(), plain(about["detail"]["metric"])
+    console.print(f"{about['protocol']} on {about['data']['index']}", style="bold", soft_wrap=True)
     table = Table("backbone", "against", metric, "p (Holm)", "verdict")
     for c in compared:
         table.add_row(c.a, c.b, c.difference.signed(), f"{c.p_holm:.2g}", c.verdict)
     console.print(table)
     for note in about["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"written: {path} and report.html beside it", markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"written: {path} and report.html beside it", soft_wrap=True)

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from finetune import adapt, adapters, crossdomain_page, heads, options, task, ways, written
@@ -36,6 +35,7 @@ from finetune.domains import CLASS_IMAGES, Gap, Head, Pair, Pool, eligible, judg
 from finetune.splits import Leaks, guard
 from hybridssl.errors import UserError
 from shards.index import Index
+from shards.terminal import Terminal
 
 Array = np.ndarray
 
@@ -172,7 +172,7 @@ def study_domains(
     wanted: list[Head] = list(dict.fromkeys(head for pair in pairs for head in (pair.home, pair.away)))
     scores, taught = {}, {}
     choices: list[dict[str, Any]] = [{"seed": seed} for seed in seeds]
-    for head in track(wanted, f"{method} heads", console=Console(stderr=True), transient=True):
+    for head in track(wanted, f"{method} heads", console=Terminal(stderr=True), transient=True):
         judged = []
         for seed, choice in zip(seeds, choices, strict=True):
             train, val = pool.parts(seed, *head)

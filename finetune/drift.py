@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -35,6 +34,7 @@ from finetune.shift import Comparison
 from hybridssl.errors import UserError
 from shards.address import public
 from shards.index import Index
+from shards.terminal import Terminal
 
 Array = np.ndarray
 LEAST = 20  # groups, below which a comparison says nothing
@@ -194,7 +194,7 @@ def compare_parts(
     parts = [part for part in parts if len(np.unique(asked.group[part[3]])) >= LEAST]
     compared = [
         shift.compare(units(reference.take(old), seed), units(asked.take(new), seed), seed)
-        for _, _, old, new in track(parts, "comparing", console=Console(stderr=True), transient=True)
+        for _, _, old, new in track(parts, "comparing", console=Terminal(stderr=True), transient=True)
     ]
     corrected = shift.holm(np.array([c.p for c in compared]))
     return [
@@ -277,13 +277,13 @@ def as_dict(line: Line) -> dict[str, Any]:
 
 
 def show(lines: list[Line], words: str, notes: list[str], path: Path) -> None:
-    console, table = Console(), Table("part", "images", "MMD²", "threshold", "p", "AUROC new / old", "far out", "")
+    console, table = Terminal(), Table("part", "images", "MMD²", "threshold", "p", "AUROC new / old", "far out", "")
     for line in lines:
         f, flag = line.found, "ALARM" if line.alarm else ""
         value, limit, far = f"{f.mmd2.value:.4f}", f"{f.threshold:.4f}", f"{line.far.value:.0%}"
         table.add_row(line.name, f"{line.images:,}", value, limit, f"{line.p:.3f}", str(f.auroc), far, flag)
     console.print(table)
-    console.print(words, style="bold", markup=False)
+    console.print(words, style="bold")
     for note in notes:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"written: {path} and report.html", markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"written: {path} and report.html", soft_wrap=True)

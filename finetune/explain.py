@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 
 from finetune import explain_page, gallery, judged, labelfree, options, results, task
@@ -32,6 +31,7 @@ from finetune.others import nearest
 from finetune.task import Task
 from hybridssl.errors import UserError
 from shards.index import Index
+from shards.terminal import Terminal
 
 Array = np.ndarray
 NEAR = 5
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     cases = cases_of(work, library, said)
     looks = [
         explain_page.look(work.encoder, work.index, case, args.patch)
-        for case in track(cases, "looking", console=Console(stderr=True), transient=True)
+        for case in track(cases, "looking", console=Terminal(stderr=True), transient=True)
     ]
     cosine, near = _nearest(library, test)
     share = shared(library.y[near], test.y[:, None]).mean(1)
@@ -189,12 +189,12 @@ def as_dict(case: Case, seen: Look, index: Index) -> dict[str, Any]:
 
 
 def show(about: dict[str, Any], figures: dict[str, Interval], path: Path) -> None:
-    console = Console()
+    console = Terminal()
     for case in about["detail"]["cases"]:
         near = ", ".join(f"{'|'.join(n['label'])} {n['cosine']:.2f}" for n in case["neighbours"])
-        console.print(f"{case['key']} ({'|'.join(case['label']) or 'unlabelled'}): {near}", markup=False)
+        console.print(f"{case['key']} ({'|'.join(case['label']) or 'unlabelled'}): {near}")
     for name, m in figures.items():
-        console.print(f"{name} {m}, by chance {about['detail']['chance'][name]:.3f}", markup=False)
+        console.print(f"{name} {m}, by chance {about['detail']['chance'][name]:.3f}")
     for note in about["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"written: {path} and report.html", markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"written: {path} and report.html", soft_wrap=True)

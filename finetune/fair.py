@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from finetune import judged, results, subgroups
@@ -28,6 +27,7 @@ from finetune.pages import begin, cell, close, plain, title
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.page import Page
+from shards.terminal import Terminal
 
 LEAST = 30
 DIFFERENCE = "95 %; an interval over 0 shows no difference"
@@ -158,8 +158,8 @@ def page(one: Judged, about: dict, fair: Fairness, headline: str, by: str, path:
 
 
 def _show(one: Judged, fair: Fairness, headline: str, by: str, path: Path) -> None:
-    console, rows = Console(), fair.standing[headline]
-    console.print(f"{one.name}, {one.result.protocol}, by {by}", style="bold", markup=False, soft_wrap=True)
+    console, rows = Terminal(), fair.standing[headline]
+    console.print(f"{one.name}, {one.result.protocol}, by {by}", style="bold", soft_wrap=True)
     table = Table(by, "images", "groups", plain(headline), "minus the rest", "verdict")
     for s, (images, groups) in fair.sizes.items():
         r = rows.get(s)
@@ -167,8 +167,8 @@ def _show(one: Judged, fair: Fairness, headline: str, by: str, path: Path) -> No
         table.add_row(s, f"{images:,}", f"{groups:,}", *figures)
     console.print(table)
     for sentence in sentences(fair, headline, by)[:-1]:
-        console.print(sentence, markup=False)
-    console.print(f"written: {path} and report.html beside it", markup=False, soft_wrap=True)
+        console.print(sentence)
+    console.print(f"written: {path} and report.html beside it", soft_wrap=True)
 
 
 def _word(name: str) -> str:

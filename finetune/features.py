@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -21,6 +20,7 @@ from hybridssl.views import resize_for_eval
 from shards.errors import DataError
 from shards.format import decode
 from shards.index import Index
+from shards.terminal import Terminal
 
 LAYOUT = 2  # raise it when the same image would give other features than before
 
@@ -156,8 +156,13 @@ def _compute(
     )
     parts: dict[str, list[np.ndarray]] = {"numbers": [], "y": []}
     bad: list[dict[str, str]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Terminal(stderr=True)) as progress:
         task = progress.add_task(
             f"features of {encoder.name}{f', {change.name}' if change else ''}", total=len(numbers), rate=""
         )

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from finetune import episodes, options, task, written
@@ -27,6 +26,7 @@ from finetune.pages import begin, cell, close, plain, title
 from hybridssl.charts_bands import band_chart
 from hybridssl.errors import UserError
 from hybridssl.page import Page
+from shards.terminal import Terminal
 
 Array = np.ndarray
 SHOTS = (1, 5, 10, 20)
@@ -71,7 +71,7 @@ def _classify(
     if method == "mean":
         yield from episodes.nearest_mean(x, order, shots, queries)
         return
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Terminal(stderr=True)) as progress:
         bar = progress.add_task("logistic regressions", total=len(shots) * len(order))
         yield from episodes.logistic(x, order, shots, queries, lambda: progress.advance(bar))
 
@@ -81,7 +81,7 @@ def _judge(work: task.Task, method: str, scores: dict[int, Array], have: Array) 
     y, group = work.y[work.test], work.features.group[work.test]
     found: dict[str, Interval] = {}
     each: dict[str, list[float]] = {}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Terminal(stderr=True), transient=True) as progress:
         bar = progress.add_task("intervals", total=len(scores) * len(work.kind.metrics))
         for name, metric in work.kind.metrics.items():
             for k, values in scores.items():

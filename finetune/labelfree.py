@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from finetune import options
 from finetune.backbones import load
@@ -18,6 +17,7 @@ from finetune.splits import Leaks
 from finetune.task import device_of, peak_mb
 from shards.address import public
 from shards.index import Index
+from shards.terminal import Terminal
 
 Array = np.ndarray
 
@@ -37,7 +37,7 @@ def features_of(args: argparse.Namespace, encoder: Encoder, index: Index, number
     """As features.extract; images that do not decode are named on the terminal."""
     found = extract(encoder, index, numbers, args.batch, args.workers, args.cache or default_cache())
     for entry in found.bad:
-        Console(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}", markup=False)
+        Terminal(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}")
     return found
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -32,6 +31,7 @@ from finetune.patches import block_maps, last_map
 from hybridssl.errors import UserError
 from shards.errors import DataError
 from shards.index import Index
+from shards.terminal import Terminal
 
 Array = np.ndarray
 IN_MEMORY = 2**30  # bytes; larger arrays are mapped to a temporary file
@@ -189,6 +189,6 @@ def _room(shape: tuple[int, ...], dtype: Any) -> Array:
 def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr; gives the function that moves it on."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Terminal(stderr=True)) as bar:
         task = bar.add_task(text, total=total)
         yield lambda count: bar.advance(task, count)

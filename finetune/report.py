@@ -14,7 +14,6 @@ import io
 import math
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from finetune.metrics import Interval
@@ -22,8 +21,9 @@ from finetune.pages import cell, link, linked, plain, sentence, title
 from finetune.results import Result, find
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
-from hybridssl.page import Markup, Page, inline
 from hybridssl.files import write_text
+from hybridssl.page import Markup, Page, inline
+from shards.terminal import Terminal
 
 WIDE = 9  # a result with more figures than this is named and linked; its own page shows them
 ABOUT = {
@@ -67,8 +67,8 @@ def run(args: argparse.Namespace) -> None:
         name = headline(result)
         value = f"{plain(name)} {result.metrics[name]}" if name else "-"
         terminal.add_row(result.protocol, share(result), label(result), value)
-    Console().print(terminal)
-    Console().print(f"written: {args.out} and {table}", markup=False, soft_wrap=True)
+    Terminal().print(terminal)
+    Terminal().print(f"written: {args.out} and {table}", soft_wrap=True)
 
 
 def order(found: list[Result]) -> list[Result]:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from finetune.metrics import RESAMPLES, Interval, group_weights
+from shards.terminal import Terminal
 
 Array = np.ndarray
 Statistic = Callable[[Array], Array]  # image weights [R, N] -> [R]
@@ -62,7 +62,7 @@ def resample(
 ) -> dict[str, Draws]:
     """Every statistic on the data and on the same resamples of whole groups [N]. doing: what the progress bar says."""
     ones, drawn = np.ones((1, len(groups))), {name: [] for name in statistics}
-    bars = Progress(console=Console(stderr=True), transient=True, disable=not doing)
+    bars = Progress(console=Terminal(stderr=True), transient=True, disable=not doing)
     with bars as progress, np.errstate(all="ignore"):
         bar = progress.add_task(doing, total=resamples * len(statistics))
         for weight in group_weights(groups, resamples, seed):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 
 from finetune import gallery, options, task, written
@@ -26,6 +25,7 @@ from finetune.ranking import Ranked, rank
 from finetune.resample import resample
 from hybridssl.errors import UserError
 from hybridssl.page import Markup, Page, inline
+from shards.terminal import Terminal
 
 Array = np.ndarray
 KS = (1, 5, 10)
@@ -95,7 +95,7 @@ def _rank(work: task.Task, answers: Array, ks: list[int]) -> Ranked:
         shared = y[test][queries].astype(np.float32) @ y[answers].astype(np.float32).T > 0  # [q, G]
         return np.take_along_axis(shared, order, 1)
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Terminal(stderr=True), transient=True) as progress:
         bar = progress.add_task("queries", total=len(test))
         return rank(x[test], x[answers], relevant, group[test], group[answers], ks, lambda n: progress.advance(bar, n))
 

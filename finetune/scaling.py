@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from finetune import adapt, heads, options, results, scaling_page, task, ways, written
 from finetune.resample import Draws, holm, resample
 from finetune.results import Result
 from finetune.task import Task
 from hybridssl.errors import UserError
+from shards.terminal import Terminal
 
 Array = np.ndarray
 SHARES = (0.001, 0.01, 0.1, 1.0)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         for n, (share, method) in enumerate(wanted, 1):
             found = known[share, method]
             state = "kept" if found else "at work"
-            Console().print(f"{spec}, cell {n} of {len(wanted)}: {method}, {share:.3g} of the labels: {state}")
+            Terminal().print(f"{spec}, cell {n} of {len(wanted)}: {method}, {share:.3g} of the labels: {state}")
             cells.append(found or compute(work, share, method, settings[method], args))
     assert first is not None
     write(first, cells, skipped)
@@ -143,7 +143,7 @@ def write(work: Task, cells: list[Result], skipped: list[str]) -> None:
     detail = {"metric": metric, "rows": rows, "paired": pairs, "said": said}
     selected = {"grid": grid, "choices": choices}
     result = written.write(work, "scaling", found, selected, labels, arrays, notes, detail=detail)
-    Console().print(f"page: {scaling_page.page(result)}", markup=False, soft_wrap=True)
+    Terminal().print(f"page: {scaling_page.page(result)}", soft_wrap=True)
 
 
 def draws_of(cell: Result, work: Task) -> tuple[Draws, list[float]]:

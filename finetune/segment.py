@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from finetune import masks, metrics, options, results, segment_page, task
 from finetune.features import Features, default_cache
@@ -47,6 +46,7 @@ from finetune.splits import find_leaks, guard
 from finetune.task import Task
 from hybridssl.errors import UserError
 from shards.index import Index
+from shards.terminal import Terminal
 
 Array = np.ndarray
 
@@ -100,7 +100,7 @@ def prepare_masks(args: argparse.Namespace, name: str = "segment_{}") -> Masked:
         if args.heads:
             raise UserError(f"{encoder.name} shows no blocks, which upernet needs: choose --heads linear knn")
         heads = tuple(head for head in heads if head != "upernet")
-        Console(stderr=True).print(f"{encoder.name} shows no blocks: upernet is left out", markup=False)
+        Terminal(stderr=True).print(f"{encoder.name} shows no blocks: upernet is left out")
     leaks = guard(find_leaks(index, numbers, encoder.digests), args.allow_leak)
     classes = tuple(args.mask_classes or FOREGROUND)
     data = {"sha256": index.sha256, "labels": args.labels, "source": args.source, "masks": classes}
@@ -111,7 +111,7 @@ def prepare_masks(args: argparse.Namespace, name: str = "segment_{}") -> Masked:
     cache = args.cache or default_cache()
     samples = collect(encoder, index, wanted, classes, reads, args.batch, args.workers, cache)
     for entry in samples.bad:
-        Console(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}", markup=False)
+        Terminal(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}")
     rows = {split: np.flatnonzero(np.isin(samples.numbers, own)) for split, own in numbers.items()}
     empty = [split for split, own in rows.items() if not len(own)]
     if empty:

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from finetune import kinds, labelfree, probe, results, strategies
 from finetune.encoder import Encoder
@@ -44,6 +43,7 @@ from hybridssl.files import write_text
 from hybridssl.page import Markup, Page, inline
 from hybridssl.probe import neighbours
 from shards.index import Index
+from shards.terminal import Terminal
 
 Array = np.ndarray
 COLUMNS = ("path", "label", "source", "group", "split", "key", "shard", "original", "score", "reason")
@@ -100,12 +100,12 @@ def run(args: argparse.Namespace) -> None:
     about["detail"]["said"] = said(choice, args.strategy, figures)
     results.write(out, about, figures, number=pool.numbers[rows], score=scores)
     page(about, choice, out / "results.json").write(out / "report.html")
-    console = Console()
+    console = Terminal()
     console.print(f"{len(picks):,} of {len(pool):,} unlabelled images proposed by {args.strategy}", style="bold")
     for note in about["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"fill the column `label` of {out / 'to_label.csv'}, then:", markup=False, soft_wrap=True)
-    console.print(feed_back(out), markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"fill the column `label` of {out / 'to_label.csv'}, then:", soft_wrap=True)
+    console.print(feed_back(out), soft_wrap=True)
 
 
 def choose(args: argparse.Namespace, encoder: Encoder, index: Index, unlabelled: Array, labelled: Array) -> Choice:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from finetune import studies, study_page
@@ -25,6 +24,7 @@ from finetune.studies import Study
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
 from shards.address import told
+from shards.terminal import Terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     for step in steps:
         for words in step.commands.values():
             line = told(" ".join(words))
-            Console().print(f"{'done already' if line in done else step.title}: {line}", markup=False, soft_wrap=True)
+            Terminal().print(f"{'done already' if line in done else step.title}: {line}", soft_wrap=True)
             if args.dry_run or line in done:
                 continue
             _execute(words, step.title)
@@ -57,27 +57,27 @@ def run(args: argparse.Namespace) -> None:
             write_text(out / "done.json", json.dumps(done, indent=1))
     if not args.dry_run:
         path = study_page.page(study, values, steps, out).write(out / "report.html")
-        Console().print(f"written: {path}", markup=False, soft_wrap=True)
+        Terminal().print(f"written: {path}", soft_wrap=True)
 
 
 def _list() -> None:
     table = Table("study", "asks")
     for name in studies.names():
         table.add_row(name, studies.read(name).asks)
-    Console().print(table)
-    Console().print("python -m finetune study NAME tells what a study needs", markup=False)
+    Terminal().print(table)
+    Terminal().print("python -m finetune study NAME tells what a study needs")
 
 
 def _explain(study: Study) -> None:
-    console = Console()
-    console.print(f"{study.title} {study.asks}", markup=False)
+    console = Terminal()
+    console.print(f"{study.title} {study.asks}")
     table = Table("argument", "what", "default")
     for key, about in study.arguments.items():
         default = about.get("default", "(needed)")
         table.add_row(key, about["help"], ",".join(default) if isinstance(default, list) else default or "-")
     console.print(table)
     for limit in study.limits:
-        console.print(f"limit: {limit}", markup=False)
+        console.print(f"limit: {limit}")
 
 
 def _done(out: Path) -> list[str]:

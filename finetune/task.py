@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from finetune import metrics, results
@@ -31,6 +30,7 @@ from finetune.splits import Leaks, find_leaks, guard, label_subset
 from hybridssl.errors import UserError
 from shards.address import public
 from shards.index import Index
+from shards.terminal import Terminal
 
 SPLITS = ("train", "val", "test")
 CARVED = 0.2  # share of the train groups that chooses when there is no val split
@@ -190,7 +190,7 @@ def prepare(args: argparse.Namespace, protocols: list[str], reads: tuple[str, ..
     wanted = np.concatenate(list(numbers.values()))
     features = extract(encoder, index, wanted, args.batch, args.workers, args.cache or default_cache())
     for entry in features.bad:
-        Console(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}", markup=False)
+        Terminal(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}")
     rows = {name: np.flatnonzero(np.isin(features.numbers, own)) for name, own in numbers.items()}
     kind, classes, y = _question(args, features, named, protocols)
     now = time.monotonic()
@@ -263,18 +263,18 @@ def peak_mb() -> float:
 
 def show(protocol: str, about: dict[str, Any], found: dict[str, metrics.Interval], path: Path) -> None:
     """The result as a table on the terminal."""
-    console, data = Console(), about["data"]
+    console, data = Terminal(), about["data"]
     title = f"{protocol}: {about['backbone']['name']} on {data['index']}, {data['labels']:.0%} of the train labels"
-    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(title, style="bold", soft_wrap=True)
     table = Table("metric", "test", "95 % over groups")
     for name, m in found.items():
         table.add_row(name, f"{m.value:.3f}", f"{m.low:.3f} to {m.high:.3f}")
     console.print(table)
     chosen = "; ".join(", ".join(f"{k} {v}" for k, v in choice.items()) for choice in about["selected"]["choices"])
-    console.print(f"chosen on {about['selected']['split']}: {chosen}", markup=False)
+    console.print(f"chosen on {about['selected']['split']}: {chosen}")
     leaks = Leaks(**about["leaks"])
     for sentence in leaks.sentences():
-        console.print(f"LEAK: {sentence}", style="bold red", markup=False)
+        console.print(f"LEAK: {sentence}", style="bold red")
     for note in about["notes"]:
-        console.print(f"note: {note}", markup=False)
-    console.print(f"written: {path}", markup=False, soft_wrap=True)
+        console.print(f"note: {note}")
+    console.print(f"written: {path}", soft_wrap=True)

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from hybridssl.errors import UserError
 from hybridssl.files import write_text
+from hybridssl.page_check import strange
 
 COLOURS = ["#3b76d9", "#e07b39", "#2f9e6e", "#c44e8b", "#8a63d2", "#c9a227", "#2aa5b8", "#d64545", "#7a8b3c", "#8d6e63"]
 GREY = "#9aa0a6"
@@ -172,12 +174,13 @@ class Page:
 
 def body_of(path: Path, beside: Path) -> Markup:
     """What a page that `Page` wrote says, without its header, for a page in the folder `beside`: its headings a step
-    lower, its links made to lead from there, and one link in place of a gallery. ValueError for another file."""
-    text = path.read_text(encoding="utf-8")
+    lower, its links made to lead from there, and one link in place of a gallery. UserError for another file."""
+    text = path.read_text(encoding="utf-8", errors="replace")
     found = re.search(r"<main><header>(.*?)</header>(?:<nav>.*?</nav>)?\n(.*)\n</main>", text, re.DOTALL)
-    if not found:
-        raise ValueError(f"{path} is not a page of this program")
-    title = re.search(r"<h1>(.*?)</h1>", found[1], re.DOTALL)
+    title = re.search(r"<h1>(.*?)</h1>", found[1], re.DOTALL) if found else None
+    wrong = strange(found[2] + title[1]) if found and title else "it has no <main> with a header"
+    if not found or not title or wrong:
+        raise UserError(f"{path} is not a page of this program ({wrong}): remove it, and run its step again")
 
     def lead(match: re.Match[str]) -> str:
         place = os.path.relpath(path.parent / unquote(match[1]), beside)
@@ -185,7 +188,7 @@ def body_of(path: Path, beside: Path) -> Markup:
 
     own = f'<a href="{escape(quote(path.name))}">'
     body = GALLERY.sub(f"<p>{own}The pictures</a> are on a page of their own.</p>", _lowered(found[2]))
-    body = f"<h3>{own}{title[1] if title else ''}</a></h3>{body}"
+    body = f"<h3>{own}{title[1]}</a></h3>{body}"
     return Markup(re.sub(r'href="([^"#:]+)"', lead, body))
 
 
@@ -218,7 +221,7 @@ WIDE = 6  # columns: a table with more sets an interval below its value
 MOST = 240  # px: a picture of a gallery grows no wider
 PRIVATE = "<footer>This file holds pictures of the data: it is as confidential as they are.</footer>"
 GALLERY = re.compile(r'<div class="scroll"><div class="images".*?</div></div>', re.DOTALL)
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--soft:#f5f6f8;--line:#e3e6ea;--ink:#1b1f24;--dim:#667080;--accent:#2f66c8;

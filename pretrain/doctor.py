@@ -126,11 +126,12 @@ def automatic(fixed: Mapping[str, Any]) -> dict[str, Any]:
 
 def show(proposal: Proposal, index: Index) -> None:
     """Three tables: what was found, on which machine, what follows."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, markup=False)
+    from shards.terminal import Terminal
+
+    console = Terminal(highlight=False)
     data, machine = proposal.draft.data, proposal.draft.machine
     names = " + ".join(str(member).rpartition("/")[2] for member in index.members)
     about = ((f"training images of {names}", _of_data(data)), ("this machine", _of(machine)))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -30,6 +29,7 @@ from pretrain.recipe import Recipe
 from pretrain.stop import ENOUGH, RESUME_LATER
 from shards.index import Index
 from shards.stream import Quarantine
+from shards.terminal import Terminal
 
 STOPPED = "stopped"  # in the run folder: asked to stop, and can go on. Launchers hide the exit code
 
@@ -52,9 +52,9 @@ class Record:
             self._begin(learner, fresh=step == 0)
         if recipe.log.trackers:
             accelerator.init_trackers(recipe.name, config=_flat(to_dict(recipe)))
-        self.console = Console(stderr=True)
+        self.console = Terminal(stderr=True)
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -208,7 +208,7 @@ class Record:
 
     def say(self, text: str) -> None:
         if self.main:
-            self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.bar.console.print(text, highlight=False, soft_wrap=True)
 
     def back(self, step: int, why: str) -> None:
         """The run goes on from `step` again."""

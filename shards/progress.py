@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shards.terminal import Terminal
 
 Tick = Callable[[int, int], None]  # done, of how many
 _EVERY = 30.0  # seconds between lines
@@ -17,7 +18,7 @@ _EVERY = 30.0  # seconds between lines
 @contextmanager
 def bar(what: str) -> Iterator[Tick]:
     """`with bar("packing") as tick`: call `tick(done, total)`. On stderr, so that the output stays clean."""
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if not console.is_terminal:
         yield _lines(what)
         return
