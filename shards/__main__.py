@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from shards import audit_verb, build, build_verb, demo, scan
@@ -16,13 +15,15 @@ from shards.errors import DataError
 from shards.index import Index
 from shards.progress import bar
 from shards.stats import Stats, stats
+from shards.terminal import Terminal
 
-console = Console()
+console = Terminal()
 
 _EXAMPLES = {
     "": "python -m shards demo --out data/demo\n"
     "python -m shards build --images photos/ --table labels.csv --out data/derm\n"
-    "python -m shards stats data/derm",
+    "python -m shards stats data/derm\n"
+    "python -m shards audit data/derm --against data/clinic-test --out audit/derm",
     "demo": "python -m shards demo --out data/demo",
     "build": build_verb.EXAMPLES,
     "index": "python -m shards index data/tars --source hospital_a\npython -m shards index data/derm --merge",
@@ -32,9 +33,9 @@ _EXAMPLES = {
 _ABOUT = {
     "demo": "Draw the synthetic demo set: dermoscopy-like images of seven classes. No data of any patient.",
     "build": build_verb.ABOUT,
-    "index": "Index WebDataset tars where they lie; they are not changed. Of each sample are used: an image (jpg, "
-    "jpeg, png, webp, tif) and, where there, json (label, source, group, split, meta), cls, txt, mask.png. "
-    "With --merge: join the parts of a build.",
+    "index": "Index WebDataset tars where they lie, or join the parts of a build. The tars are not changed. Of "
+    "each sample are used: an image (jpg, jpeg, png, webp, tif) and, where there, json (label, source, group, split, "
+    "meta), cls, txt, mask.png. With --merge: join the parts that `build --part` wrote.",
     "audit": audit_verb.ABOUT,
     "stats": "Count samples, classes, splits, sources and sizes of an index, and name what looks wrong.",
 }
@@ -80,25 +81,26 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = verb("demo", _demo)
-    sub.add_argument("--out", required=True, type=Path, help="the folder to make")
-    sub.add_argument("--samples", type=int, default=1600, help="images (default 1600)")
-    sub.add_argument("--seed", type=int, default=0, help="another seed, another set (default 0)")
-    sub.add_argument("--size", type=int, default=128, help="side of an image in pixels (default 128)")
-    sub.add_argument(
-        "--withheld", type=float, default=0.5, help="share of training patients without labels (default 0.5)"
-    )
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder to make")
+    sub.add_argument("--samples", type=int, default=1600, metavar="N", help="images (default 1600)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another set (default 0)")
+    sub.add_argument("--size", type=int, default=128, metavar="PX", help="side of an image (default 128)")
+    text = "share of training patients without labels (default 0.5)"
+    sub.add_argument("--withheld", type=float, default=0.5, metavar="SHARE", help=text)
     sub.add_argument("--overwrite", action="store_true", help="replace an index that is there")
     build_verb.add_arguments(verb("build", _build))
     sub = verb("index", _index)
     sub.add_argument("folder", type=Path, metavar="DIR", help="the folder with the tars")
-    sub.add_argument("--source", default="", help="name of the source, for samples that do not name theirs")
-    sub.add_argument("--split", default="", help="split of samples that do not name theirs, such as train")
-    sub.add_argument("--channels", type=int, default=3, help="of the images as read (default 3)")
+    text = "the hospital or data set, for samples that do not name theirs"
+    sub.add_argument("--source", default="", metavar="NAME", help=text)
+    sub.add_argument("--split", default="", metavar="NAME", help="split of samples that do not name theirs: train, ...")
+    sub.add_argument("--channels", type=int, default=3, metavar="N", help="of the images as read (default 3)")
     sub.add_argument("--merge", action="store_true", help="join the parts that `build --part I/N --out DIR` wrote")
     sub.add_argument("--overwrite", action="store_true", help="with --merge: replace an index that is there")
     audit_verb.add_arguments(verb("audit", audit_verb.run))
     sub = verb("stats", _stats)
-    sub.add_argument("folder", type=Path, metavar="DIR", help="a folder with an index")
+    text = "a folder with an index, or its address (s3://, gs://, hf://, https://)"
+    sub.add_argument("folder", type=Path, metavar="DIR", help=text)
     sub.add_argument("--verify", action="store_true", help="also read every byte and compare the checksums")
     return parser
 
@@ -188,7 +190,7 @@ def _summary(index: Index, then: str, quarantined: int = 0, found: Stats | None 
         table.add_row(name, text)
     console.print(table)
     for warning in found.warnings:
-        console.print(f"[yellow]note:[/] {warning}")
+        console.print(f"note: {warning}", style="yellow")
     console.print(f"next: {then}", soft_wrap=True)
 
 

@@ -6,15 +6,15 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from rich.console import Console
-
 from shards.index import Index
 from shards.progress import bar
+from shards.terminal import Terminal
 
 ABOUT = (
-    "Look for what spoils a set or a comparison: copies (resized, re-encoded, flipped, cropped), also across splits, "
-    "images that another index also holds, contradicting labels, damaged images, burnt-in rims, and whatever predicts "
-    "the label without the picture. Writes audit.json and audit.html (with pictures: as confidential as they are)."
+    "Look for what spoils a set or a comparison. That is: copies (resized, re-encoded, flipped, cropped), also across "
+    "splits; images that another index also holds; contradicting labels; damaged images; burnt-in rims; and whatever "
+    "predicts the label without the picture. Writes audit.json, which stream.exclude and `build --drop-duplicates` act "
+    "on, and audit.html to look at (with pictures: as confidential as they are)."
 )
 EXAMPLES = """\
 python -m shards audit data/derm --out audit/derm
@@ -24,10 +24,25 @@ python -m shards audit data/derm --backbone models/derm-s --out audit/derm"""
 
 def add_arguments(sub: argparse.ArgumentParser) -> None:
     add = sub.add_argument
-    add("folder", type=Path, metavar="DIR", help="a folder with an index")
-    add("--against", nargs="+", type=Path, default=[], metavar="OTHER", help="indexes that must share no image with it")
+    add(
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="a folder with an index, or its address (s3://, gs://, hf://, https://)",
+    )
+    add(
+        "--against",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="OTHER",
+        help="other indexes (an evaluation set, say) that must share no image with it",
+    )
     add("--out", required=True, type=Path, metavar="FOLDER", help="where audit.json and audit.html go")
-    spec = "also judge what this backbone finds alike: a run or exported folder, timm:NAME, hf:ID or histogram"
+    spec = (
+        "also judge what this backbone finds alike, such as heavier crops: a run or exported folder, timm:NAME, hf:ID "
+        "or histogram"
+    )
     add("--backbone", default="", metavar="SPEC", help=spec)
     add("--device", default="cpu", metavar="NAME", help="of the backbone (default cpu)")
 
@@ -42,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     write(found.document, path)
     page = import_module("finetune.audit_page")
     page.write(found, args.out / "audit.html")
-    console = Console(soft_wrap=True, markup=False, highlight=False)
+    console = Terminal(soft_wrap=True, highlight=False)
     console.print(page.answer(found.document))
     console.print(f"wrote {path} and {args.out / 'audit.html'}: look at it")
     if found.document["drop"] or found.document["leaks"]:

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from shards import build
 from shards.errors import DataError
 from shards.options import BuildOptions
@@ -15,11 +13,13 @@ from shards.place import partial_of
 from shards.privacy import read_salt
 from shards.progress import bar
 from shards.table import ROLES
+from shards.terminal import Terminal
 
 ABOUT = (
-    "Pack a folder of images (JPEG, PNG, WebP, BMP, TIFF, DICOM), and what a table or the names of folders say of "
-    "them, into tar shards with an index. A file that cannot be read is set aside in quarantine.jsonl with the reason. "
-    "An interrupted build goes on where it was: give the same command again."
+    "Pack a folder of images into tar shards with an index. Images are JPEG, PNG, WebP, BMP, TIFF or DICOM; what is "
+    "known of them comes from a table or from the names of folders. Only --images and --out are needed. A file that "
+    "cannot be read is set aside in quarantine.jsonl with the reason. An interrupted build goes on where it was: give "
+    "the same command again."
 )
 EXAMPLES = """\
 python -m shards build --images photos/ --table labels.csv --out data/derm
@@ -143,7 +143,7 @@ _FLAGS = (
     *("window", "keep_paths", "keep_burned_in", "split", "by", "split_seed", "stratify", "keep_splits"),
     *("drop_duplicates", "part", "workers", "overwrite"),
 )
-console = Console()
+console = Terminal()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -201,7 +201,7 @@ def tell(built: build.Built, out: Path) -> None:
         console.print(f"{built.dropped:,} duplicates were left out")
     if built.quarantined:
         console.print(
-            f"[yellow]{built.quarantined:,} images cannot be read and were left out: see {out}/quarantine.jsonl"
+            f"{built.quarantined:,} images cannot be read and were left out: see {out}/quarantine.jsonl", style="yellow"
         )
 
 
