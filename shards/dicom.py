@@ -10,8 +10,9 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ TAGS = (
 )
 _CODED = ("CS", "AS", "DS", "IS", "FL", "FD", "SL", "SS", "UL", "US")  # codes and numbers: no room for free text
 _BY_NAME = ("Manufacturer", "ManufacturerModelName")  # text, but of the device's maker
+_NUMBERS = ("PatientID", "OtherPatientIDs", "AccessionNumber", "StudyID", "PatientBirthDate", "IssuerOfPatientID")
 _CODE = re.compile(r"[A-Z0-9 _]{1,16}")  # the grammar of CS (PS3.5, table 6.2-1)
 
 
@@ -57,15 +59,14 @@ def place(path: Path) -> Place:
     """Series and position of a file, from its header alone; Place() when it cannot be read."""
     pydicom = _pydicom()
     tags = ["SeriesInstanceUID", "ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber"]
-    with _speechless():
-        try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=True)
-            series, number = str(dataset.get("SeriesInstanceUID") or "").strip(), dataset.get("InstanceNumber")
-            corner, axes = dataset.get("ImagePositionPatient"), dataset.get("ImageOrientationPatient")
-            depth = float(np.dot(np.cross(axes[:3], axes[3:]), corner)) if corner and axes else None
-            return Place(series, depth, None if number is None else int(number))
-        except Exception:  # whoever packs it will meet the same, and say so
-            return Place()
+    try:
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags, force=True)
+        series, number = str(dataset.get("SeriesInstanceUID") or "").strip(), dataset.get("InstanceNumber")
+        corner, axes = dataset.get("ImagePositionPatient"), dataset.get("ImageOrientationPatient")
+        depth = float(np.dot(np.cross(axes[:3], axes[3:]), corner)) if corner and axes else None
+        return Place(series, depth, None if number is None else int(number))
+    except Exception:  # whoever packs it will meet the same, and say so
+        return Place()
 
 
 def is_mine(head: bytes) -> bool:
@@ -92,22 +93,21 @@ def read(data: bytes, options: BuildOptions) -> Opened:
 def _study(data: bytes, options: BuildOptions) -> Study:
     """Everything but the pixels. DataError, in words of our own, for what cannot or should not be read."""
     pydicom = _pydicom()
-    with _speechless():
-        try:
-            dataset = pydicom.dcmread(io.BytesIO(data), force=True)
-            if "TransferSyntaxUID" not in dataset.file_meta:  # files from before there were headers
-                implicit, _ = dataset.original_encoding
-                syntax = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
-                dataset.file_meta.TransferSyntaxUID = syntax
-            rows, columns = int(dataset.Rows), int(dataset.Columns)
-            count = int(dataset.get("NumberOfFrames") or 1)
-            burned_in = str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES"
-            hashed = _hashed(dataset, Salt(options.salt))
-            meta = _tags(dataset, (*TAGS, *options.tags))
-        except DataError:
-            raise
-        except Exception as error:  # a damaged header fails in many ways
-            raise DataError(f"no DICOM image that can be read ({error_name(error)})") from None
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        if "TransferSyntaxUID" not in dataset.file_meta:  # files from before there were headers
+            implicit, _ = dataset.original_encoding
+            syntax = pydicom.uid.ImplicitVRLittleEndian if implicit else pydicom.uid.ExplicitVRLittleEndian
+            dataset.file_meta.TransferSyntaxUID = syntax
+        rows, columns = int(dataset.Rows), int(dataset.Columns)
+        count = int(dataset.get("NumberOfFrames") or 1)
+        burned_in = str(dataset.get("BurnedInAnnotation", "")).strip().upper() == "YES"
+        hashed = _hashed(dataset, Salt(options.salt))
+        meta = _tags(dataset, (*TAGS, *options.tags))
+    except DataError:
+        raise
+    except Exception as error:  # a damaged header fails in many ways
+        raise DataError(f"no DICOM image that can be read ({error_name(error)})") from None
     bound(columns, rows)
     if count < 1 or count > len(data):
         raise DataError(f"its number of frames ({count:,}) cannot be right")
@@ -119,17 +119,17 @@ def _study(data: bytes, options: BuildOptions) -> Study:
 
 
 def _frames(study: Study, options: BuildOptions) -> Iterator[tuple[int, int, Frame]]:
-    pixels = _pydicom().pixels
+    pixels, codecs = _pydicom().pixels, import_module("shards.dicom_codecs")
+    plugin = codecs.PLUGIN if study.dataset.file_meta.TransferSyntaxUID in codecs.SYNTAXES else ""
     for number in choose(study.count, options.frames):
-        with _speechless():
-            try:
-                values = pixels.pixel_array(study.dataset, index=number)
-                yield number, study.count, _frame(study.dataset, values, number, options)
-            except DataError:
-                raise
-            except Exception as error:
-                why = f"{error_name(error)}; {_syntax(study.dataset.file_meta.TransferSyntaxUID)}"
-                raise DataError(f"frame {number} of {study.count} cannot be decoded ({why})") from None
+        try:
+            values = pixels.pixel_array(study.dataset, index=number, decoding_plugin=plugin)
+            yield number, study.count, _frame(study.dataset, values, number, options)
+        except DataError:
+            raise
+        except Exception as error:
+            why = f"{error_name(error)}; {_syntax(study.dataset.file_meta.TransferSyntaxUID)}"
+            raise DataError(f"frame {number} of {study.count} cannot be decoded ({why})") from None
 
 
 def _syntax(uid: Any) -> str:
@@ -140,10 +140,11 @@ def _syntax(uid: Any) -> str:
         decoder = _pydicom().pixels.get_decoder(uid)
     except NotImplementedError:
         return f"{uid.name} cannot be read here: convert the file, for example to JPEG 2000"
-    if decoder.is_available:
-        return str(uid.name)
     missing = {text.split(" ")[0]: text.partition(" - requires ")[2] for text in decoder.missing_dependencies}
-    package = "'hybridssl[dicom]'" if "gdcm" in missing else next(iter(missing.values())).replace(" and ", " ")
+    ours = "imagecodecs" in missing
+    if decoder.is_available and not ours:
+        return str(uid.name)
+    package = "'hybridssl[dicom]'" if ours else next(iter(missing.values())).replace(" and ", " ")
     return f"{uid.name} needs another package: pip install {package}"
 
 
@@ -226,8 +227,10 @@ def _hashed(dataset: Any, salt: Salt) -> dict[str, str]:
 
 
 def _tags(dataset: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    """{keyword: value}: numbers, codes of the right grammar, and what _BY_NAME lists; anything else is left out."""
+    """{keyword: value}: numbers, codes of the right grammar, and what _BY_NAME lists; anything else is left out, and so
+    is a text that repeats what the same file has for a name or a number of the patient: people type into any field."""
     found: dict[str, Any] = {}
+    who = _identifiers(dataset)
     for name in names:
         value = dataset.get(name)
         if value is None or value == "":
@@ -235,6 +238,8 @@ def _tags(dataset: Any, names: tuple[str, ...]) -> dict[str, Any]:
         if name == "PatientAge":  # 089Y; older people are few enough to be found by their age
             match = re.fullmatch(r"(\d{3})Y", str(value))
             found |= {name: "90+" if int(match[1]) >= 90 else str(int(match[1]))} if match else {}
+        elif isinstance(value, str) and (who & _words(value) or any(w in value.upper() for w in who if len(w) > 3)):
+            continue
         elif name in _BY_NAME:
             found[name] = str(value)[:64]
         elif isinstance(value, str):
@@ -246,23 +251,35 @@ def _tags(dataset: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+def _identifiers(dataset: Any) -> set[str]:
+    """The words of all names of persons in a file, and of the numbers that stand for the patient."""
+    found: set[str] = set()
+    for tag in list(dataset.keys()):
+        try:
+            element = dataset[tag]
+            if element.VR == "PN" or element.keyword in _NUMBERS:
+                found |= _words(str(element.value))
+        except Exception:  # a damaged element says nothing, neither here nor among the tags
+            continue
+    return found
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.split(r"[\W_]+", text.upper()) if len(word) > 1}
+
+
+@cache
 def _pydicom() -> Any:
+    """pydicom, which is silent from then on: its warnings quote what a file says.
+
+    For good, and not for a while: several threads read at a time, and the first that is done would let it speak of the
+    files of the others.
+    """
     try:
         import pydicom
         import pydicom.pixels
     except ModuleNotFoundError:
         raise DataError("DICOM files need pydicom: pip install 'hybridssl[dicom]'") from None
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", module=r"(pydicom|shards)\b")
     return pydicom
-
-
-@contextmanager
-def _speechless() -> Iterator[None]:
-    """pydicom's warnings quote what a file says."""
-    logger = logging.getLogger("pydicom")
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before
