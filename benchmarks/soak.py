@@ -1,0 +1,171 @@
+"""Two runs side by side for hours: one in peace, one killed again and again. Do they end alike, and stay small?
+
+    make soak          or  python -m benchmarks.soak --hours 2
+
+Writes the section "soak" of results/reliability.json: deaths, steps taken again, whether every line and every tensor
+of the two are equal, and memory and open files of the calm run, early against late.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.common import write_section
+from shards import demo
+
+STEPS = 200_000  # more than there is time for: both are stopped by the clock
+TIMED = ("seconds", "images_per_s", "data_wait", "memory_gib", "tflops", "mfu", "eta")
+LOOK = 10.0  # seconds between two looks at memory and open files
+
+
+class Run:
+    """A pretraining run on one core, as a process group."""
+
+    def __init__(self, out: Path, data: Path) -> None:
+        self.out = out
+        keys = [f"steps={STEPS}", "threads=1", "save.every=100", "save.keep_every=500", "probe.every=500"]
+        self.command = [sys.executable, "-m", "pretrain", "recipe=demo", f"data.train={data}", f"out={out}", *keys]
+        self.begin()
+
+    def begin(self) -> None:
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        with open(self.out.with_suffix(".log"), "a") as log:
+            self.process = subprocess.Popen(
+                self.command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def end(self, number: signal.Signals) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+        return self.process.wait(timeout=300)
+
+    def size(self) -> tuple[float, int]:
+        """MiB of the process and its workers, shared pages counted once; its open files."""
+        main = psutil.Process(self.process.pid)
+        memory = sum(one.memory_full_info().pss for one in (main, *main.children(recursive=True)))
+        return memory / 2**20, main.num_fds()
+
+    def lines(self) -> list[dict[str, Any]]:
+        path = self.out / "metrics.jsonl"
+        found = []
+        for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with contextlib.suppress(ValueError):  # half a line of a run that was killed
+                found.append(json.loads(text))
+        return found
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines()), default=0)
+
+
+def soak(folder: Path, hours: float, seed: int) -> dict[str, Any]:
+    data = folder / "demo"
+    if not (data / "index.json").is_file():
+        demo.generate(data)
+    calm, killed = Run(folder / "calm", data), Run(folder / "killed", data)
+    chance, over = random.Random(seed), time.monotonic() + 3600 * hours
+    sizes: list[tuple[float, int]] = []
+    deaths, again, next_death = 0, 0, time.monotonic() + 60
+    while time.monotonic() < over:
+        time.sleep(LOOK)
+        if calm.process.poll() is not None:
+            raise SystemExit(f"the calm run ended by itself: see {calm.out.with_suffix('.log')}")
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker that has just ended
+            sizes.append(calm.size())
+        if time.monotonic() > next_death:
+            before = killed.step
+            assert killed.end(signal.SIGKILL) == -signal.SIGKILL, "the killed run had ended by itself"
+            deaths += 1
+            again += before - newest(killed.out)
+            killed.begin()
+            next_death = time.monotonic() + chance.uniform(20, 300)
+            print(f"death {deaths} at step {before}; the calm run is at {calm.step}", flush=True)
+    codes = [run.end(signal.SIGTERM) for run in (calm, killed)]
+    return {
+        "hours": hours,
+        "deaths": deaths,
+        "exit_codes": codes,
+        "steps": {"calm": calm.step, "killed": killed.step},
+        "steps_taken_again": again,
+        **compare(calm, killed),
+        **growth(sizes),
+    }
+
+
+def newest(out: Path) -> int:
+    return max((int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("step-*[0-9]")), default=0)
+
+
+def compare(calm: Run, killed: Run) -> dict[str, Any]:
+    """Every logged line and the tensors of the newest checkpoint that both have."""
+    last = min(calm.step, killed.step)
+    plain = [
+        {line["step"]: {k: v for k, v in line.items() if k not in TIMED} for line in run.lines() if line["step"] < last}
+        for run in (calm, killed)
+    ]
+    regular = [[step for step in lines if step % 10 == 0] for lines in plain]  # a stop writes one where it is
+    steps = sorted(set(regular[0]) & set(regular[1]))
+    found = [
+        {int(p.name.split("-")[1]) for p in (run.out / "checkpoints").glob("step-*[0-9]")} for run in (calm, killed)
+    ]
+    common = max(found[0] & found[1])
+    tensors = 0
+    different = [f"metrics at step {step}" for step in steps if plain[0][step] != plain[1][step]]
+    for name in ("model.safetensors", "optim.safetensors"):
+        a, b = (load_file(run.out / "checkpoints" / f"step-{common}" / name) for run in (calm, killed))
+        tensors += len(a)
+        different += [f"{name}: {key}" for key in a if key not in b or not torch.equal(a[key], b[key])]
+    return {
+        "lines_compared": len(steps),
+        "lines_missing": len(set(regular[0]) ^ set(regular[1])),
+        "tensors_compared": tensors,
+        "at_step": common,
+        "different": different,
+    }
+
+
+def growth(sizes: list[tuple[float, int]]) -> dict[str, Any]:
+    """Medians of the second and of the last tenth of the looks at the calm run: the first tenth warms up."""
+    tenth = max(1, len(sizes) // 10)
+    early, late = sizes[tenth : 2 * tenth], sizes[-tenth:]
+    memory = [median(one[0] for one in part) for part in (early, late)]
+    return {
+        "memory_mib": {"early": round(memory[0], 1), "late": round(memory[1], 1)},
+        "memory_growth": round(memory[1] / memory[0] - 1, 4),
+        "open_files": {"early": median(one[1] for one in early), "late": median(one[1] for one in late)},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
+    parser.add_argument("--hours", type=float, default=2.0)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of death")
+    parser.add_argument("--work", type=Path, default=Path("runs/soak"), help="where the two runs lie")
+    args = parser.parse_args()
+    if any((args.work / name).exists() for name in ("calm", "killed")):
+        parser.error(f"{args.work} holds an earlier soak: remove it, or name another folder with --work")
+    args.work.mkdir(parents=True, exist_ok=True)
+    found = soak(args.work, args.hours, args.seed)
+    print(json.dumps(found, indent=1))
+    write_section("reliability.json", "soak", found, f"python -m benchmarks.soak --hours {args.hours:g}")
+    flat = abs(found["memory_growth"]) < 0.02 and found["open_files"]["late"] <= found["open_files"]["early"]
+    return 0 if flat and not found["different"] and not found["lines_missing"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
