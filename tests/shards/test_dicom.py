@@ -234,7 +234,9 @@ def test_what_cannot_be_decoded_says_what_is_missing(tmp_path: Path, syntax: str
 
 
 def test_without_a_decoder_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = SimpleNamespace(is_available=False, missing_dependencies=["pylibjpeg - requires x", "gdcm - requires y"])
+    decoder = SimpleNamespace(
+        is_available=False, missing_dependencies=["pylibjpeg - requires x", "imagecodecs - requires y"]
+    )
     monkeypatch.setattr("pydicom.pixels.get_decoder", lambda syntax: decoder)
     assert dicom._syntax(uid.JPEGLossless).endswith("needs another package: pip install 'hybridssl[dicom]'")
 
