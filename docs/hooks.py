@@ -85,7 +85,7 @@ def sections(cls: type, path: str = "") -> Iterator[tuple[str, str, list[Key]]]:
         yield from sections(part, where)
 
 
-def keys() -> dict[str, Key]:
+def all_keys() -> dict[str, Key]:
     return {key.path: key for _, _, found in sections(recipes.Recipe) for key in found}
 
 
@@ -121,12 +121,19 @@ def field_comments(source: str) -> dict[str, str]:
 
 
 class FieldComments(griffe.Extension):
-    """For the reference: the comment beside a field says what there is to say of it, its shape above all."""
+    """For the reference: a class names its fields with their types and comments, which say the shapes.
+
+    Options are left to the page of the recipe keys.
+    """
 
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
-        for name, text in field_comments(cls.source).items():
-            if text and name in cls.members and not cls.members[name].docstring:
-                cls.members[name].docstring = griffe.Docstring(text, parent=cls.members[name])  # type: ignore
+        if cls.name.endswith("Options"):
+            return
+        fields = [(cls.members[name], text) for name, text in field_comments(cls.source).items() if text]
+        said = [f"- `{field.name}: {field.annotation}`: {text}" for field, text in fields]  # type: ignore
+        if said:
+            about = cls.docstring.value if cls.docstring else ""
+            cls.docstring = griffe.Docstring("\n".join([about, "", *said]), parent=cls)
 
 
 def _words(hint: Any) -> str:

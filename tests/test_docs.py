@@ -113,7 +113,7 @@ def test_there_are_commands_to_test() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_recipe_key_that_a_page_names_exists(page: str, hooks: ModuleType) -> None:
-    known = {*hooks.keys(), *ADDED}
+    known = {*hooks.all_keys(), *ADDED}
     parts = {path for path, _, _ in hooks.sections(recipes.Recipe)} - {""}
     heads = {path.split(".")[0] for path in parts}
     for code in re.findall(r"`([^`\n]+)`", PAGES[page]):
@@ -123,7 +123,7 @@ def test_every_recipe_key_that_a_page_names_exists(page: str, hooks: ModuleType)
 
 
 def test_every_key_says_what_it_is(hooks: ModuleType) -> None:
-    keys = hooks.keys()
+    keys = hooks.all_keys()
     assert len(keys) > 100
     assert {path for path, key in keys.items() if not key.help} == set()
     assert keys["optim.lr"].default == 1e-3
@@ -140,7 +140,7 @@ def test_no_key_is_without_a_reader(hooks: ModuleType) -> None:
     """A key that no line of the packages reads by its name is a promise that nobody keeps."""
     trees = [ast.parse(p.read_text(encoding="utf-8")) for folder in PACKAGES for p in (ROOT / folder).rglob("*.py")]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert [path for path in hooks.keys() if path.rpartition(".")[2] not in read] == []
+    assert [path for path in hooks.all_keys() if path.rpartition(".")[2] not in read] == []
 
 
 def test_a_comment_belongs_to_its_field(hooks: ModuleType) -> None:
@@ -172,6 +172,12 @@ def test_every_recipe_is_on_its_page_with_the_facts_of_its_file(hooks: ModuleTyp
         for fact in ("data", "hardware", "duration", "result", "command"):
             assert f"<dt>{fact}</dt>" in section, (name, fact)
         assert f"`{name}`" in PAGES["recipes.md"], f"{name} is not in the table of what is for whom"
+        figures = re.findall(r"(?<!\w)\.\d{3}\b", section.split("<dt>result</dt>")[1].split("</dd>")[0])
+        results = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if figures and results.is_file():  # else the recipe quotes its paper
+            metrics = json.loads(results.read_text(encoding="utf-8"))["metrics"]
+            measured = {f"{m['balanced_accuracy']['value']:.3f}"[1:] for m in metrics.values()}
+            assert set(figures) <= measured, f"{name} promises what {results.name} does not hold"
 
 
 def test_every_verb_and_objective_has_its_place() -> None:
@@ -254,8 +260,8 @@ def test_a_new_loss_is_one_file_and_one_line(added, lesions: Path, tmp_path: Pat
     from tests.pretrain.conftest import TINY, lines
 
     added("add-a-loss.md", objectives, "byol")
-    assert hooks.keys().keys() >= set(ADDED)
-    assert hooks.keys()["objectives.byol.hidden"].help == "width of the predictor"
+    assert hooks.all_keys().keys() >= set(ADDED)
+    assert hooks.all_keys()["objectives.byol.hidden"].help == "width of the predictor"
     arguments = [*TINY, f"data.train={lesions}", f"out={tmp_path / 'run'}", "objectives.byol.weight=1"]
     assert loop.main(arguments) == 0
     found = [line["loss/byol"] for line in lines(tmp_path / "run")]
