@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-slow lint docs install clean
+.PHONY: demo test test-slow soak lint docs install clean
 
 install: .venv/.installed
 
@@ -37,6 +37,10 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Two hours of the demo recipe, one run in peace and one killed again and again: do they end alike, and stay small?
+soak: install
+	$(BIN)/python -m benchmarks.soak --hours 2
 
 lint: install
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.common import write_section
+from hybridssl import run as runs
 from shards import demo
 
 STEPS = 200_000  # more than there is time for: both are stopped by the clock
@@ -91,7 +92,7 @@ def soak(folder: Path, hours: float, seed: int) -> dict[str, Any]:
             before = killed.step
             assert killed.end(signal.SIGKILL) == -signal.SIGKILL, "the killed run had ended by itself"
             deaths += 1
-            again += before - newest(killed.out)
+            again += before - max(checkpoints(killed.out), default=0)
             killed.begin()
             next_death = time.monotonic() + chance.uniform(20, 300)
             print(f"death {deaths} at step {before}; the calm run is at {calm.step}", flush=True)
@@ -107,8 +108,8 @@ def soak(folder: Path, hours: float, seed: int) -> dict[str, Any]:
     }
 
 
-def newest(out: Path) -> int:
-    return max((int(p.name.split("-")[1]) for p in (out / "checkpoints").glob("step-*[0-9]")), default=0)
+def checkpoints(out: Path) -> list[int]:
+    return [runs.step_of(folder) for folder in runs.checkpoints(out)]
 
 
 def compare(calm: Run, killed: Run) -> dict[str, Any]:
@@ -120,10 +121,7 @@ def compare(calm: Run, killed: Run) -> dict[str, Any]:
     ]
     regular = [[step for step in lines if step % 10 == 0] for lines in plain]  # a stop writes one where it is
     steps = sorted(set(regular[0]) & set(regular[1]))
-    found = [
-        {int(p.name.split("-")[1]) for p in (run.out / "checkpoints").glob("step-*[0-9]")} for run in (calm, killed)
-    ]
-    common = max(found[0] & found[1])
+    common = max(set(checkpoints(calm.out)) & set(checkpoints(killed.out)))
     tensors = 0
     different = [f"metrics at step {step}" for step in steps if plain[0][step] != plain[1][step]]
     for name in ("model.safetensors", "optim.safetensors"):
