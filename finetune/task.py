@@ -270,8 +270,10 @@ def show(protocol: str, about: dict[str, Any], found: dict[str, metrics.Interval
     for name, m in found.items():
         table.add_row(name, f"{m.value:.3f}", f"{m.low:.3f} to {m.high:.3f}")
     console.print(table)
-    chosen = "; ".join(", ".join(f"{k} {v}" for k, v in choice.items()) for choice in about["selected"]["choices"])
-    console.print(f"chosen on {about['selected']['split']}: {chosen}")
+    choices = about["selected"]["choices"]
+    if any(choice.keys() > {"seed"} for choice in choices):
+        chosen = "; ".join(", ".join(f"{k} {v}" for k, v in choice.items()) for choice in choices)
+        console.print(f"chosen on {about['selected']['split']}: {chosen}")
     leaks = Leaks(**about["leaks"])
     for sentence in leaks.sentences():
         console.print(f"LEAK: {sentence}", style="bold red")

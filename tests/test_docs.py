@@ -256,19 +256,48 @@ def lesions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_new_loss_is_one_file_and_one_line(added, lesions: Path, tmp_path: Path, hooks: ModuleType) -> None:
-    from tests.pretrain.conftest import TINY, lines
+@pytest.fixture
+def run(added, lesions: Path, tmp_path: Path) -> Path:
+    """Of add-a-loss.md's objective, four steps."""
+    from tests.pretrain.conftest import TINY
 
     added("add-a-loss.md", objectives, "byol")
-    assert hooks.all_keys().keys() >= set(ADDED)
-    assert hooks.all_keys()["objectives.byol.hidden"].help == "width of the predictor"
     arguments = [*TINY, f"data.train={lesions}", f"out={tmp_path / 'run'}", "objectives.byol.weight=1"]
     assert loop.main(arguments) == 0
-    found = [line["loss/byol"] for line in lines(tmp_path / "run")]
+    return tmp_path / "run"
+
+
+def test_a_new_loss_is_one_file_and_one_line(run: Path, hooks: ModuleType) -> None:
+    from tests.pretrain.conftest import lines
+
+    assert hooks.all_keys().keys() >= set(ADDED)
+    assert hooks.all_keys()["objectives.byol.hidden"].help == "width of the predictor"
+    found = [line["loss/byol"] for line in lines(run)]
     assert len(found) == 4
     assert all(0 <= value <= 4 for value in found)
     assert len(set(found)) == 4, "it learns"
-    assert "near 0 early" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "near 0 early" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_quick_start_loads_the_weights(run: Path, tmp_path: Path) -> None:
+    """timm makes a network of random weights for whoever forgets to ask for them."""
+    import timm
+    import torch
+    import transformers
+
+    from hybridssl.export import export
+
+    export(run, tmp_path / "exported")
+    (code,) = re.findall(r"```python\n(import timm.*?)```", PAGES["index.md"], re.S)
+    _, *lines = ast.parse(code.replace("models/derm", str(tmp_path / "exported"))).body
+    assert len(lines) == 2
+    images, features = torch.rand(2, 3, 32, 32), []
+    for line in lines:
+        made: dict = {"timm": timm, "transformers": transformers}
+        exec(ast.unparse(line), made)  # of our own page
+        out = made["model"].eval()(images)
+        features.append(out if isinstance(out, torch.Tensor) else out.pooler_output)
+    assert torch.allclose(*features, atol=1e-5)
 
 
 def test_a_new_evaluation_is_one_file_and_one_line(
