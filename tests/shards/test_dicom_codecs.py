@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from pydicom import uid
+from pydicom.encaps import encapsulate
 
-from shards import dicom_codecs
+from shards import dicom, dicom_codecs
+from shards.errors import DataError
+from shards.format import MAX_PIXELS
+from tests.shards.test_dicom import OPTIONS, make
 from tests.shards.test_fuzz import BOTH, damage, run
 
 GREY = (np.linspace(0, 4000, 24 * 30).reshape(24, 30) + np.arange(30) % 7).astype(np.uint16)
@@ -96,3 +101,27 @@ def test_damage_is_an_error_and_no_crash(name: str, how: Any) -> None:
             dicom_codecs.decode_frame(data, runner(name))
 
     run(how, st.one_of(damage(STREAMS[name][1]), st.binary(max_size=60)), check)
+
+
+def whole_file(syntax: str) -> bytes:
+    """Two frames, as a file."""
+    file = make(np.stack([GREY, GREY]))
+    if syntax == uid.RLELossless:
+        file.compress(syntax)
+    elif syntax != uid.ExplicitVRLittleEndian:
+        stream = next(stream for own, stream, _ in STREAMS.values() if own == syntax)
+        file.file_meta.TransferSyntaxUID, file.PixelData = syntax, encapsulate([stream, stream])
+        file["PixelData"].VR = "OB"
+    buffer = io.BytesIO()
+    file.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("how", BOTH)
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless, uid.JPEGLosslessSV1])
+def test_a_damaged_file_is_a_frame_or_a_data_error(syntax: str, how: Any) -> None:
+    def check(data: bytes) -> None:
+        with contextlib.suppress(DataError):
+            assert all(frame.pixels.size <= 3 * MAX_PIXELS for _, _, frame in dicom.read(data, OPTIONS).frames)
+
+    run(how, damage(whole_file(syntax)), check)

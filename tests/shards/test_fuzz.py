@@ -71,6 +71,8 @@ PICTURES = {
     "16-bit png": picture("PNG", "I;16"),
     "palette png": picture("PNG", "P"),
     "webp": picture("WEBP"),
+    "tiff": picture("TIFF"),
+    "16-bit tiff": picture("TIFF", "I;16"),
 }
 
 
