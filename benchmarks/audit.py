@@ -2,6 +2,7 @@
 
     python -m benchmarks.audit                  # all three sets: minutes on an idle core
     python -m benchmarks.audit --sets pad nuclei
+    python -m benchmarks.audit --backbone ssl=RUN   # and once more with what a backbone finds alike
 
 Planted: up to 300 images of each set are resized, re-encoded, flipped, turned or cropped, and looked for among all.
 Found in the sets as they are: near copies are compared with the groups (HAM10000: several pictures of one lesion; PAD:
@@ -27,6 +28,7 @@ import simplejpeg
 from benchmarks import sets
 from benchmarks.common import machine, write_results
 from finetune import audit_page
+from finetune.lookalikes import suggester
 from shards import audit, hashes
 from shards.format import decode
 from shards.index import Index
@@ -42,14 +44,19 @@ Array = np.ndarray
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--backbone", default="", metavar="NAME=SPEC", help="as for `shards audit`, with a name")
     args = parser.parse_args()
+    name, spec = next(iter(sets.named([args.backbone]).items())) if args.backbone else ("", "")
     work = sets.work_folder()
     found = {}
-    for name in args.sets:
-        against = [SETS[AGAINST[name]](work)] if name in AGAINST else []
-        found[name] = trial(SETS[name](work), work / "audit" / name, against)
-    limits = {"hash_bits": hashes.FAR, "agreement": hashes.AGREE}
-    command = " ".join(["python -m benchmarks.audit", *sys.argv[1:]])
+    for data in args.sets:
+        against = [SETS[AGAINST[data]](work)] if data in AGAINST else []
+        found[data] = trial(SETS[data](work), work / "audit" / data, against)
+        if spec:
+            found[data]["with_backbone"] = {"name": name, **with_backbone(SETS[data](work), spec)}
+    limits = {"hash_bits": hashes.FAR, "agreement": hashes.AGREE, "agreement_wide": hashes.AGREE_WIDE}
+    words = [f"{name}=RUN" if word == args.backbone else word for word in sys.argv[1:]]  # no folder of this machine
+    command = " ".join(["python -m benchmarks.audit", *words])
     write_results("audit.json", {**machine(), "command": command, "thresholds": limits, **found})
 
 
@@ -80,6 +87,20 @@ def trial(data: Path, out: Path, against: Sequence[Path]) -> dict[str, Any]:
         "planted": planted(index, look(index)),
     }
     print(data.name, result["said"], result["against_groups"], result["planted"], sep="\n", flush=True)
+    return result
+
+
+def with_backbone(data: Path, spec: str) -> dict[str, Any]:
+    """What is found when features propose pairs too."""
+    index, start = Index.open(data), time.process_time()
+    found = audit.audit(index, suggest=suggester(spec))
+    result = {
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "redundant": len(found.document["drop"]),
+        "across_splits": sum(group["across_splits"] for group in found.document["findings"]["duplicates"]),
+        "against_groups": against_groups(index, found),
+    }
+    print(data.name, "with a backbone", result, flush=True)
     return result
 
 
