@@ -188,6 +188,34 @@ def test_the_hash_of_a_turned_picture_is_the_turned_hash(lesions: list[Array], t
     assert (hashes._bits(hashes._spectrum(thumb[None]), turn) == turned).all()
 
 
+def test_what_a_set_consists_of_and_its_rims(lesions: list[Array], tmp_path: Path) -> None:
+    images, rows = {}, []
+    for n, image in enumerate(lesions[:30]):
+        framed = image.copy()
+        framed[:9] = framed[-9:] = 0
+        images[f"own-{n}.jpg"] = encode(framed if n % 10 == 3 else half(image) if n == 7 else image)
+        row = {"path": f"own-{n}.jpg", "label": "" if n % 5 == 0 else "ab"[n % 2], "source": "xy"[n % 2]}
+        rows.append(row | {"split": "train" if n < 20 else "test", "site": "arm" if n < 25 else "", "age": str(20 + n)})
+    document = audit.audit(built(tmp_path, rows, images)).document
+    framed = {stem(key) for key in document["findings"]["rims"]["frame"]}
+    assert {"own-3", "own-13", "own-23"} <= framed
+    found = document["tallies"]
+    assert found["classes"] == {"a": {"train": 8, "test": 4}, "b": {"train": 8, "test": 4}}
+    assert found["sources"] == {"x": {"a": 12, "": 3}, "y": {"b": 12, "": 3}}
+    assert {split: sum(counts.values()) for split, counts in found["splits"].items() if counts} == {
+        "train": 20,
+        "test": 10,
+    }
+    assert found["meta"]["site"] == {"missing": 5, "distinct": 1, "values": {"arm": 25}}
+    assert found["meta"]["age"]["quartiles"] == [20, 27.25, 34.5, 41.75, 49]
+    assert "values" not in found["meta"]["path"]  # a name of each image
+    assert found["sizes"] == {
+        "short_side": [48, 96, 96, 96, 96],
+        "distinct": 2,
+        "common": {"96 x 96": 29, "48 x 48": 1},
+    }
+
+
 def test_an_unreadable_image_is_named_and_the_rest_is_audited(planted: Index, tmp_path: Path) -> None:
     shutil.copytree(planted.root, tmp_path / "set")
     offset, size = planted.column("image")[4]
