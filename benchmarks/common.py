@@ -46,7 +46,9 @@ def write_section(name: str, section: str, figures: dict[str, Any], command: str
     """One section of benchmarks/results/NAME, with its own machine and commit; the others stay."""
     path = RESULTS / name
     document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return write_results(name, dict(sorted({**document, section: {**machine(), "command": command, **figures}}.items())))
+    return write_results(
+        name, dict(sorted({**document, section: {**machine(), "command": command, **figures}}.items()))
+    )
 
 
 def _cpu() -> str:
