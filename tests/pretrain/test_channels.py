@@ -32,18 +32,20 @@ def blob(seed: int, top: int) -> np.ndarray:
     return (np.clip(values, 0, 1) * top).astype(np.uint16)
 
 
-def slice_of_ct(path: Path, seed: int) -> None:
+def slice_of_ct(path: Path, seed: int, **tags: object) -> None:
     file, values = Dataset(), blob(seed, 4095)
     file.file_meta = FileMetaDataset()
     file.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = CTImageStorage
     file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = f"1.2.3.{seed}"
-    file.PatientName, file.PatientID, file.Modality = "MUELLER^HANS", f"P{seed // 2}", "CT"
+    file.PatientName, file.PatientID, file.Modality = "MUELLER^HANS", f"P{seed // 6}", "CT"
     file.Rows, file.Columns, file.SamplesPerPixel = *values.shape, 1
     file.PhotometricInterpretation, file.PixelRepresentation = "MONOCHROME2", 0
     file.BitsAllocated, file.BitsStored, file.HighBit = 16, 12, 11
     file.RescaleSlope, file.RescaleIntercept = 1, -1024
     file.PixelData = values.tobytes()
+    for name, value in tags.items():
+        setattr(file, name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
     file.save_as(path, enforce_file_format=True)
 
@@ -73,6 +75,16 @@ def test_dicom_goes_to_a_run_and_an_export(tmp_path: Path) -> None:
         p.read_bytes() for f in ("data", "run", "model") for p in (tmp_path / f).rglob("*") if p.is_file()
     )
     assert b"MUELLER" not in written
+
+
+def test_slices_in_files_of_their_own_go_to_a_run(tmp_path: Path) -> None:
+    for seed in range(36):
+        slice_of_ct(tmp_path / "ct" / f"{seed}.dcm", seed, SeriesInstanceUID=f"1.2.9.{seed // 3}", InstanceNumber=-seed)
+    (tmp_path / "salt.txt").write_text("sixteen characters and more\n")
+    words = ["build", "--images", tmp_path / "ct", "--out", tmp_path / "data", "--channels", 3, "--slices", "series"]
+    words += ["--window", "0,4000", "--salt-file", tmp_path / "salt.txt"]
+    assert shards([str(word) for word in words]) == 0
+    run(tmp_path / "run", tmp_path / "data", *UNLABELLED)
 
 
 @pytest.fixture
