@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -100,11 +99,10 @@ def forward_of(model: Any) -> Callable[[Tensor], Pair]:
 
 
 def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> Encoder:
-    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
     name = spec.removeprefix("hf:")
-    local = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    local = hub.is_here(name)
     if not local:
         hub.require(spec)
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -85,11 +84,10 @@ class Promptable:
 
 def load_promptable(spec: str, device: str = "cpu") -> Promptable:
     """`hf:ID`, or a folder that holds a SamModel and its processor, with or without `hf:`. UserError names `spec`."""
-    from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig, SamImageProcessor, SamModel
 
     name = spec.removeprefix("hf:")
-    local = Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    local = hub.is_here(name)
     if not local:
         hub.require(spec)
     options: dict[str, Any] = {"local_files_only": local}

@@ -22,8 +22,10 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
 import time
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +234,9 @@ def as_csv(index: Index, pool: Features, picks: list[Pick]) -> str:
 
 
 def file_name(key: str, image: bytes) -> str:
+    """A name below the folder, whatever the key: an index of others may hold `../../x`. Its hash keeps it unique."""
+    if not re.fullmatch(r"\w[\w -]*", key):
+        key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', key)[:60]}-{sha256(key.encode()).hexdigest()[:10]}"
     return key + next((suffix for magic, suffix in TYPES.items() if image.startswith(magic)), ".img")
 
 

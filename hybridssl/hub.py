@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hybridssl.errors import UserError
+
+
+def is_here(name: str) -> bool:
+    """Whether a model is on this machine: a folder, or a hub id in the hub's cache. UserError for what is neither."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except (HFValidationError, ValueError) as error:
+        raise UserError(f"{name!r} is neither a folder nor a hub id (org/name): {error}") from error
 
 
 def require(what: str, seconds: float = 10.0) -> None:

@@ -19,6 +19,7 @@ CREATED_BY = "hybridssl 0.1.0"
 SPLITS = ("", "train", "val", "test")  # every index starts with these; "" is a sample without a split
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "tif", "tiff")
 PICKLED = frozenset({"pyd", "pickle", "pkl", "pt", "pth"})  # reading one of these runs whatever code it holds
+MAX_CHANNELS = 512
 MAX_PIXELS = 200_000_000  # times channels, beyond three
 _MAX_SAMPLE_VALUE = 281  # TIFF tag
 

@@ -22,7 +22,7 @@ import numpy as np
 from shards.address import ADDRESS
 from shards.columns import MEMBERS, fit, map_columns
 from shards.errors import DataError
-from shards.format import FORMAT, VERSION, Sample
+from shards.format import FORMAT, MAX_CHANNELS, VERSION, Sample
 
 if TYPE_CHECKING:  # a folder needs no network
     from shards.cache import Cache
@@ -42,6 +42,7 @@ class Index:
         self.sources: tuple[str, ...] = tuple(header["sources"])
         self.vocabulary: dict[str, list[str]] = header["vocabulary"]
         self.classes: tuple[str, ...] = tuple(sorted({name for names in self.vocabulary.values() for name in names}))
+        self._known = frozenset(self.classes)
         self.splits: tuple[str, ...] = tuple(header["splits"])
         self.channels: int = header["channels"]
         self.synthetic: bool = header["synthetic"]
@@ -186,7 +187,10 @@ class Index:
 
     def _labels(self, i: int, row: dict[str, Any]) -> tuple[str, ...]:
         label = int(self.column("label")[i])  # a foreign tar has `cls` instead of a row
-        return labels_of(row) or (() if label < 0 else (self.classes[label],))
+        found = labels_of(row) or (() if label < 0 else (self.classes[label],))
+        if strange := [name for name in found if name not in self._known]:
+            raise DataError(f"sample {self.key(i)}: its label {strange[0]!r} is not in the index: index it again")
+        return found
 
     def _row(self, i: int, data: bytes | None) -> dict[str, Any]:
         try:
@@ -301,7 +305,10 @@ def _header(raw: bytes, file: Path) -> dict[str, Any]:
         texts = [*index.sources, *index.splits, *index.vocabulary, *index.classes, header["columns_sha256"]]
         if not all(isinstance(text, str) for text in (*texts, *(shard["sha256"] for shard in index.shards))):
             raise ValueError("a name is no text")
-        if type(index.channels) is not int or "samples" not in header or set(index.sources) - set(index.vocabulary):
+        "".join(texts).encode()  # nor is half of a pair of surrogates
+        if type(index.channels) is not int or not 1 <= index.channels <= MAX_CHANNELS:
+            raise ValueError(f"images of {index.channels!r} channels are none: 1 to {MAX_CHANNELS} can be read")
+        if "samples" not in header or set(index.sources) - set(index.vocabulary):
             raise ValueError("a field is missing, or is of another kind")
         return header
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:

@@ -8,11 +8,11 @@ from hashlib import blake2b
 from typing import Any
 
 from shards.errors import DataError
+from shards.format import MAX_CHANNELS
 from shards.privacy import Salt
 from shards.split import parse_split
 
 FOLDER_ROLES = ("label", "split", "source", "group", "-")
-MAX_CHANNELS = 512
 _APART = ("workers", "overwrite", "part", "salt")  # these do not change what is written, or must not be written
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -162,6 +163,8 @@ def _member(path: Path, info: tarfile.TarInfo) -> tuple[str, str]:
 def _check_name(path: Path, name: str) -> None:
     if name.startswith("/") or ".." in name.split("/") or "\\" in name:
         raise DataError(f"{path}: member {name!r} leaves its folder, which is refused")
+    if any(unicodedata.category(sign) in ("Cc", "Cf", "Cs") for sign in name):
+        raise DataError(f"{path}: member {name!r} has signs in its name that cannot be seen, which is refused")
 
 
 def _record(file: BinaryIO, key: str, members: dict[str, Member], source: str, split: str) -> Record | None:
@@ -191,7 +194,10 @@ def _json(file: BinaryIO, key: str, members: dict[str, Member]) -> dict[str, Any
     if "json" not in members:
         return {}
     try:
-        row = json.loads(_read(file, members["json"]))
+        data = _read(file, members["json"])
+        row = json.loads(data)
+        if b"\\u" in data:  # half of a pair of surrogates is no text that could be written again
+            json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file.name}: the json member of sample {key!r} is no JSON ({error})") from None
     return row if isinstance(row, dict) else {}
