@@ -30,6 +30,8 @@ def resolve(cls: type[T], layers: Iterable[Mapping[str, Any]]) -> T:
     """
     merged: dict[str, Any] = {}
     for layer in layers:
+        if not isinstance(layer, Mapping):
+            raise UserError(f"the recipe takes keys of its own ({_names(cls)}), not {_short(layer)}")
         _merge(merged, layer)
     return _fill(cls, merged, "", sorted(_known_keys(cls)))
 
@@ -112,7 +114,7 @@ def _copy(value: Any) -> Any:
 
 def _fill(cls: type[T], values: Any, path: str, known: list[str]) -> T:
     if not isinstance(values, Mapping):
-        raise UserError(f"{path or 'the recipe'} takes keys of its own ({_names(cls)}), not {values!r}")
+        raise UserError(f"{path or 'the recipe'} takes keys of its own ({_names(cls)}), not {_short(values)}")
     hints, filled = get_type_hints(cls), {}
     names = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key, value in values.items():
@@ -134,7 +136,7 @@ def _fill(cls: type[T], values: Any, path: str, known: list[str]) -> T:
 
 def _fill_parts(types: Callable[[], Mapping[str, type]], value: Any, path: str, known: list[str]) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise UserError(f"{path} must be a mapping of {', '.join(types())}, not {value!r}")
+        raise UserError(f"{path} must be a mapping of {', '.join(types())}, not {_short(value)}")
     available, parts = types(), {}
     for name, options in value.items():
         if name not in available:
@@ -147,14 +149,19 @@ def _fill_parts(types: Callable[[], Mapping[str, type]], value: Any, path: str, 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     # A boolean is an int in Python and "yes" a truth to pydantic; in a recipe both are slips of the pen.
     if isinstance(value, bool) != (hint is bool) and hint in (bool, int, float, str):
-        raise UserError(f"{path} must be {_type_name(hint)}, not {value!r}")
+        raise UserError(f"{path} must be {_type_name(hint)}, not {_short(value)}")
     if value is False and "no" in get_args(hint):  # precision=no is a word, whatever YAML thinks
         value = "no"
     try:
         return TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].lower()
-        raise UserError(f"{path} must be {_type_name(hint)}, not {value!r} ({reason})") from error
+        raise UserError(f"{path} must be {_type_name(hint)}, not {_short(value)} ({reason})") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def _type_name(hint: Any) -> str:

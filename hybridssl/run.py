@@ -110,20 +110,41 @@ def resume(run: Path, student: nn.Module, teacher: nn.Module, optimizer: torch.o
 
 def load_backbone(run: Path | str, which: str = "teacher") -> tuple[Backbone, dict[str, Any]]:
     """The backbone of a run's newest checkpoint, in eval mode, low-rank updates merged, and the checkpoint's state."""
-    state = read_state(run)
-    description = state["backbone"]
-    options = resolve(BackboneOptions, [description["options"]])
-    backbone = build(options, description["channels"], description["image_size"])
-    prefix = f"{which}.backbone."
+    state, prefix = read_state(run), f"{which}.backbone."
+    options, channels, image_size = _described(state, f"{latest(run)}/state.json")
     tensors = {k.removeprefix(prefix): v for k, v in read_tensors(run).items() if k.startswith(prefix)}
     if not tensors:
         raise UserError(f"{latest(run)} has no {which} backbone; choose teacher or student")
-    if options.lora:
-        lora.add(backbone.model, options.lora)
+    with torch.device("meta"):  # first without memory: a few digits more in state.json would ask for all there is
+        outline = _built(options, channels, image_size)
+    if {k: v.shape for k, v in outline.state_dict().items()} != {k: v.shape for k, v in tensors.items()}:
+        raise UserError(f"{latest(run)}/state.json describes another backbone than the weights beside it")
+    backbone = _built(options, channels, image_size)
     backbone.load_state_dict(tensors)
     if options.lora:
         lora.merge(backbone.model)
     return backbone.eval(), state
+
+
+def _described(state: dict[str, Any], where: str) -> tuple[BackboneOptions, int, int]:
+    """Options, channels and image size of the backbone. UserError when state.json does not tell them."""
+    about = state["backbone"]
+    numbers = [about.get(name) for name in ("channels", "image_size")]
+    statistics = [v for name in ("mean", "std") for v in (about.get(name) or ["none"])]
+    if not all(type(n) is int and 0 < n <= 1 << 14 for n in numbers) or not all(_is_number(v) for v in statistics):
+        raise UserError(f"{where} does not tell channels, image size, mean and std of the backbone")
+    return resolve(BackboneOptions, [about.get("options")]), *numbers
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _built(options: BackboneOptions, channels: int, image_size: int) -> Backbone:
+    backbone = build(options, channels, image_size)
+    if options.lora:
+        lora.add(backbone.model, options.lora)
+    return backbone
 
 
 def _damage(folder: Path) -> str:

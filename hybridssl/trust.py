@@ -17,6 +17,7 @@ from hybridssl.errors import UserError
 WEIGHTS = "model.safetensors"
 # Arguments of timm.create_model that say where weights come from: those of `backbone.weights` and no others do.
 REFUSED = ("checkpoint_path", "cache_dir")
+LARGEST, DEEPEST = 1 << 16, 1 << 10  # of the numbers among them, and of those that count blocks
 
 
 def arguments(given: Any, where: str) -> dict[str, Any]:
@@ -26,7 +27,16 @@ def arguments(given: Any, where: str) -> dict[str, Any]:
     wrong = [str(name) for name in given if str(name) in REFUSED or str(name).startswith("pretrained")]
     if wrong:
         raise UserError(f"{where} names {', '.join(wrong)}: weights come from backbone.weights alone, as safetensors")
+    for name, value in given.items():
+        if _largest(value) > (DEEPEST if "depth" in str(name) else LARGEST):
+            raise UserError(f"{where}.{name}={str(value)[:40]} is more than any network has")
     return dict(given)
+
+
+def _largest(value: Any) -> float:
+    if isinstance(value, list | tuple):
+        return max(map(_largest, value), default=0)
+    return abs(value) if isinstance(value, int | float) else 0
 
 
 def config(about: Any, where: str) -> tuple[str, dict[str, Any]]:

@@ -37,7 +37,7 @@ class Journal:
             for text in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     line = json.loads(text)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(line, dict) and isinstance(line.get("step"), int):
                     yield line
