@@ -76,8 +76,8 @@ def _function(syntax: str, components: int) -> Callable[[bytes], np.ndarray]:
         return imagecodecs.jpegls_decode
     if syntax in _OPENJPEG:
         return imagecodecs.jpeg2k_decode
-    as_stored = {"colorspace": "RGB", "outcolorspace": "RGB"} if components == 3 else {}
-    return lambda source: imagecodecs.jpeg8_decode(source, **as_stored)
+    space = "RGB" if components == 3 else None  # called so on both sides, nothing is converted
+    return lambda source: imagecodecs.jpeg8_decode(source, colorspace=space, outcolorspace=space)
 
 
 for _syntax in SYNTAXES:
