@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from finetune.metrics import Interval
+from finetune.shape import check
 from finetune.splits import Leaks
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
@@ -99,19 +100,21 @@ def read(path: Path) -> Result:
     """UserError for a file that is missing, broken, foreign or newer."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        json.dumps(about, ensure_ascii=False).encode()  # half of a pair of surrogates could not be written to a page
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise UserError(f"{path} is not a result of `python -m finetune`")
-    if about["version"] > VERSION:
-        raise UserError(f"{path} has version {about['version']}, this program reads {VERSION}: update it")
+    if not isinstance(about.get("version"), int) or about["version"] > VERSION:
+        raise UserError(f"{path} has version {about.get('version')}, this program reads {VERSION}: update it")
     lacking = [name for name in NEEDED if name not in about]
     if lacking:
         raise UserError(f"{path} lacks {', '.join(lacking)}: it was changed by hand; run the evaluation again")
+    check(about, str(path))
     result = Result(path, about)
     try:
         _ = result.identity(), result.metrics, result.leaks
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not whole ({error!r}): it was changed by hand; run the evaluation again") from error
     return result
 

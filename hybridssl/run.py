@@ -115,8 +115,11 @@ def load_backbone(run: Path | str, which: str = "teacher") -> tuple[Backbone, di
     tensors = {k.removeprefix(prefix): v for k, v in read_tensors(run).items() if k.startswith(prefix)}
     if not tensors:
         raise UserError(f"{latest(run)} has no {which} backbone; choose teacher or student")
-    with torch.device("meta"):  # first without memory: a few digits more in state.json would ask for all there is
-        outline = _built(options, channels, image_size)
+    try:
+        with torch.device("meta"):  # first without memory: a few digits more in state.json would ask for all there is
+            outline = _built(options, channels, image_size)
+    except UserError as error:
+        raise UserError(f"{latest(run)}/state.json: {error}") from error
     if {k: v.shape for k, v in outline.state_dict().items()} != {k: v.shape for k, v in tensors.items()}:
         raise UserError(f"{latest(run)}/state.json describes another backbone than the weights beside it")
     backbone = _built(options, channels, image_size)
@@ -133,7 +136,10 @@ def _described(state: dict[str, Any], where: str) -> tuple[BackboneOptions, int,
     statistics = [v for name in ("mean", "std") for v in (about.get(name) or ["none"])]
     if not all(type(n) is int and 0 < n <= 1 << 14 for n in numbers) or not all(_is_number(v) for v in statistics):
         raise UserError(f"{where} does not tell channels, image size, mean and std of the backbone")
-    return resolve(BackboneOptions, [about.get("options")]), *numbers
+    try:
+        return resolve(BackboneOptions, [about.get("options")]), *numbers
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _is_number(value: Any) -> bool:
