@@ -55,7 +55,17 @@ def test_a_signal_saves_within_a_step_says_how_to_go_on_and_exits_85(
 
 def test_a_launcher_that_is_killed_takes_the_run_along_in_order(tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    flags = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    flags = [
+        "--cpu",
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     command = [Path(sys.executable).with_name("accelerate"), "launch", *flags, "-m", "pretrain", *tiny, f"out={out}"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen([*command, "steps=5000", "save.every=10000"], stdout=log, stderr=log)

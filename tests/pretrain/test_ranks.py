@@ -1,0 +1,104 @@
+"""Two processes, and one of them dies or hangs: the job ends in time, with that process's own words.
+
+Run as a program, this file becomes the two processes, in the place of the launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain import data
+from pretrain.loop import main
+from tests.pretrain.conftest import TINY
+from tests.pretrain.test_processes import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 0.6  # minutes; a first step takes long where others are at work
+
+
+def dies() -> None:
+    raise RuntimeError("lost its device")
+
+
+def hangs_here() -> None:
+    time.sleep(600)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("fault", "own_words"),
+    [("dies", "RuntimeError: lost its device"), ("hangs_here", "process 1 has been at step 3 for")],
+)
+def test_a_process_that_fails_ends_the_job_with_its_own_words(
+    fault: str, own_words: str, index: Path, tmp_path: Path
+) -> None:
+    arguments = [*TINY, f"data.train={index}", f"out={tmp_path / 'run'}", f"timeout={TIMEOUT}", "steps=50"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, __file__, fault, free_port(), *arguments]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=280)
+    told = done.stderr
+    assert done.returncode == 0, told
+    assert own_words in told
+    if fault == "hangs_here":
+        assert "in hangs_here" in told  # where it is
+    assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()  # and what was done is kept
+
+
+def two(fault: str, port: str, arguments: list[str]) -> int:
+    """0 where both ended within the timeout (and a little), neither as if all were well."""
+    children: list[int] = []
+    for rank in (0, 1):
+        child = os.fork()
+        if not child:
+            one(rank, fault, port, arguments)
+        children.append(child)
+    return both_end(children)
+
+
+def one(rank: int, fault: str, port: str, arguments: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if rank == 1:
+        following, taken = data.Batches.__next__, []
+
+        def third(self: data.Batches):
+            taken.append(1)
+            if len(taken) == 3:
+                globals()[fault]()
+            return following(self)
+
+        data.Batches.__next__ = third  # type: ignore[method-assign]
+    code = 1
+    try:
+        code = main(arguments)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    os._exit(code)
+
+
+def both_end(children: list[int]) -> int:
+    deadline, left, codes = time.monotonic() + 60 * TIMEOUT + 150, set(children), []
+    while left and time.monotonic() < deadline:
+        for child in list(left):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                left.discard(child)
+                codes.append(os.waitstatus_to_exitcode(status))
+        time.sleep(0.05)
+    for child in left:
+        os.kill(child, signal.SIGKILL)
+    return 0 if not left and all(codes) else 1
+
+
+if __name__ == "__main__":
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    sys.exit(two(sys.argv[1], sys.argv[2], sys.argv[3:]))
