@@ -113,7 +113,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _build(args: argparse.Namespace) -> None:
     if built := build_verb.run(args):
-        _summary(built.index, f"python -m hybridssl doctor --data {args.out}", built.quarantined)
+        _summary(built.index, f"python -m hybridssl doctor --data {args.out}")
 
 
 def _index(args: argparse.Namespace) -> None:
@@ -121,7 +121,7 @@ def _index(args: argparse.Namespace) -> None:
         with bar("joining") as tick:
             built = build.join(args.folder, args.overwrite, tick)
         build_verb.tell(built, args.folder)
-        return _summary(built.index, f"python -m hybridssl doctor --data {args.folder}", built.quarantined)
+        return _summary(built.index, f"python -m hybridssl doctor --data {args.folder}")
     if not args.folder.is_dir():
         raise DataError(f"{args.folder} is no folder")
     tars = len(list(args.folder.glob("*.tar")))
@@ -145,9 +145,7 @@ def _stats(args: argparse.Namespace) -> None:
             index.verify()
     found = stats(index)
     _print_classes(index, found)
-    _summary(
-        index, f"python -m finetune probe --backbone timm:NAME --data {args.folder} --out results/NAME", found=found
-    )
+    _summary(index, f"python -m hybridssl doctor --data {args.folder}", found)
     if args.verify:
         console.print("every checksum agrees")
 
@@ -164,25 +162,25 @@ def _print_classes(index: Index, found: Stats) -> None:
     table = Table("source", "samples", "labelled", "names", title="sources")
     for source, counts in found.sources.items():
         total = sum(counts.values())
-        table.add_row(
-            source, f"{total:,}", f"{total - counts.get('', 0):,}", f"{len(index.vocabulary[source]):,} classes"
-        )
+        labelled = total - counts.get("", 0)
+        table.add_row(source, f"{total:,}", f"{labelled:,}", _classes(len(index.vocabulary[source])))
     console.print(table)
 
 
-def _summary(index: Index, then: str, quarantined: int = 0, found: Stats | None = None) -> None:
+def _summary(index: Index, then: str, found: Stats | None = None) -> None:
     found = found or stats(index, look_at=50)
     table = Table(title=f"{index.root}" + (" (synthetic)" if index.synthetic else ""), show_header=False)
     low, middle, high = found.sides
+    shards = len(index.shards)
     rows = {
-        "samples": f"{found.samples:,} in {len(index.shards):,} shard(s), {found.bytes / 2**20:,.1f} MiB",
-        "labelled": f"{found.labelled:,} ({found.labelled / found.samples:.0%}), {len(index.classes):,} classes",
+        "samples": f"{found.samples:,} in {shards:,} shard{'s' if shards > 1 else ''}, {found.bytes / 2**20:,.1f} MiB",
+        "labelled": f"{found.labelled:,} ({found.labelled / found.samples:.0%}), {_classes(len(index.classes))}",
         "splits": ", ".join(f"{name or '(none)'} {count:,}" for name, count in found.splits.items()),
         "sources": ", ".join(index.sources[:8]) + (" ..." if len(index.sources) > 8 else "") or "none named",
         "groups": f"{found.groups:,}" if found.groups else "none named",
         "masks, reports": f"{found.masks:,}, {found.texts:,}",
         "short side": f"{low} to {high} px, median {middle} (of {found.looked_at:,} looked at)",
-        "quarantined": f"{quarantined:,}" if quarantined else "none",
+        "quarantined": "not known here" if found.quarantined is None else f"{found.quarantined:,}",
     }
     if found.damaged:
         rows["damaged"] = f"{found.damaged:,} of the {found.looked_at:,} looked at"
@@ -192,6 +190,10 @@ def _summary(index: Index, then: str, quarantined: int = 0, found: Stats | None 
     for warning in found.warnings:
         console.print(f"note: {warning}", style="yellow")
     console.print(f"next: {then}", soft_wrap=True)
+
+
+def _classes(n: int) -> str:
+    return f"{n:,} class{'' if n == 1 else 'es'}"
 
 
 if __name__ == "__main__":

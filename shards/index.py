@@ -66,9 +66,10 @@ class Index:
         root = remote.folder if remote else Path(root).absolute()
         file = root / "index.json"
         if not file.is_file():
-            hint = "index the tars that lie there" if any(root.glob("*.tar")) else "or make one with `python -m shards"
-            hint += f" (`python -m shards index {root}`)" if "lie" in hint else " build` or `python -m shards demo`"
-            raise DataError(f"{root} holds no index.json: {hint}")
+            hint = "make one with `python -m shards build` or `python -m shards demo`"
+            if any(root.glob("*.tar")):
+                hint = f"index the tars that lie there (`python -m shards index {root}`)"
+            raise DataError(f"{root} holds no index.json{'' if root.is_dir() else ' (no such folder)'}: {hint}")
         raw = file.read_bytes()
         index = cls(root, _header(raw, file), sha256(raw).hexdigest(), remote)
         if not remote:

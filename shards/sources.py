@@ -42,6 +42,8 @@ def frames(data: bytes, channels: int, wanted: int = 0) -> Iterator[tuple[int, i
 
     With 1 or 3 `channels`, photographs come as grey or RGB; else all planes come as they are. Raises DataError.
     """
+    if not data:
+        raise DataError("the file is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"))
         planes = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if image.format == "TIFF" else 1  # type: ignore[attr-defined]
@@ -54,9 +56,9 @@ def frames(data: bytes, channels: int, wanted: int = 0) -> Iterator[tuple[int, i
             return
     except DataError:
         raise
-    except Image.UnidentifiedImageError as error:
+    except Image.UnidentifiedImageError:
         if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            raise DataError(f"damaged image of {len(data):,} bytes: {error_name(error)}") from None
+            raise DataError(f"{len(data):,} bytes that are no JPEG, PNG, WebP, BMP or TIFF") from None
     except Exception as error:  # Pillow raises many types on damaged files
         raise DataError(f"damaged image of {len(data):,} bytes: {error_name(error)}") from None
     yield from _multispectral(data, wanted)

@@ -10,6 +10,8 @@ from shards.errors import DataError
 from shards.format import decode
 from shards.index import Index
 
+FEW = 10  # images of a class: too few to learn from, or to judge by
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -25,6 +27,7 @@ class Stats:
     sides: tuple[int, int, int]  # shortest, median and longest short side of the images looked at, in pixels
     damaged: int  # of the images looked at
     looked_at: int
+    quarantined: int | None  # files that the build could not read; None: not known here
     warnings: list[str]
 
 
@@ -47,6 +50,7 @@ def stats(index: Index, look_at: int = 200) -> Stats:
         sides=sides,
         damaged=damaged,
         looked_at=min(look_at, len(index)),
+        quarantined=_quarantined(index),
         warnings=_warnings(index, split, label, group),
     )
 
@@ -60,6 +64,17 @@ def cross(
         counts = np.bincount(b[a == i] % len(b_names), minlength=len(b_names))
         table[name] = {other: int(n) for other, n in zip(b_names, counts, strict=True) if n}
     return table
+
+
+def _quarantined(index: Index) -> int | None:
+    """Lines of quarantine.jsonl that name a file; those that name a key are copies, left out on purpose."""
+    if index.remote:
+        return None
+    try:
+        lines = (index.root / "quarantine.jsonl").read_bytes().splitlines()
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith(b'{"path"') for line in lines)
 
 
 def _sides(index: Index, look_at: int) -> tuple[tuple[int, int, int], int]:
@@ -80,6 +95,23 @@ def _warnings(index: Index, split: np.ndarray, label: np.ndarray, group: np.ndar
         if crossing:
             what = "groups (patients) have images" if name == "group" else "images lie, byte for byte,"
             found.append(f"{crossing:,} {what} in more than one split: a test on them is not a test")
+    strange = sorted({name for i, name in enumerate(index.splits) if (split == i).any()} - {"", "train", "val", "test"})
+    if strange:
+        found.append(
+            f"pretraining and evaluation know the splits train, val and test, not {', '.join(strange[:5])}"
+            f"{' ...' if len(strange) > 5 else ''}"
+        )
+    if not (label >= 0).any():
+        found.append("no label is known: if a column of the table holds them, name it with --label-column")
+    elif not (split > 0).any():
+        found.append(
+            "no image is in a split, so pretraining reads all and none is left to test on: "
+            "give the table a split column, or build with --split 70/10/20"
+        )
+    counts = np.bincount(label[label >= 0], minlength=len(index.classes))
+    few = [f"{name} ({n:,})" for name, n in zip(index.classes, counts, strict=True) if 0 < n < FEW]
+    if few:
+        found.append(f"classes of fewer than {FEW} images: {', '.join(few[:5])}{' ...' if len(few) > 5 else ''}")
     for i, name in enumerate(index.splits):
         if name and (split == i).any():
             there = np.unique(label[(split == i) & (label >= 0)])

@@ -15,6 +15,8 @@ from shards import readers
 from shards.errors import DataError
 from shards.sources import SUFFIXES
 
+# What the column with the images is called elsewhere: for the hint, should `path` be missing.
+_PATH_NAMES = ("filename", "file_name", "filepath", "file_path", "file", "image_path", "image_id", "image_name", "img")
 ROLES = ("path", "label", "source", "group", "split", "text", "mask")
 _SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
@@ -172,9 +174,11 @@ def _columns(table: Path, header: list[str], asked: dict[str, str]) -> dict[str,
     for role in ("path", *asked):
         name = asked.get(role, role)
         if name not in header:
+            usual = [column for column in header if role == "path" and column.lower() in _PATH_NAMES]
+            hint = f"; did you mean {usual[0]!r}?" if usual else nearest(name, header)
             raise DataError(
                 f"{table} has no column {name!r} among {', '.join(header) or 'none at all'}: "
-                f"name the right one with --{role}-column{nearest(name, header)}"
+                f"name the right one with --{role}-column{hint}"
             )
     return columns
 

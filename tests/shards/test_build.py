@@ -17,6 +17,7 @@ from shards.format import decode, decode_mask
 from shards.index import Index
 from shards.pack import key_of
 from shards.split import parse_split, split_of
+from shards.stats import stats
 
 Table = Callable[[Path, list[dict[str, str]]], Path]
 
@@ -92,7 +93,12 @@ def test_damaged_images_are_set_aside(tmp_path: Path, jpeg: Callable[..., bytes]
     assert (len(built.index), built.quarantined) == (5, 2)
     lines = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     assert {line["path"] for line in lines} == {"cut.jpg", "empty.png"}
+    assert {line["reason"] for line in lines if line["path"] == "empty.png"} == {"the file is empty (0 bytes)"}
     assert all(line["reason"] for line in lines)
+    assert stats(built.index).quarantined == 2
+    with (tmp_path / "out/quarantine.jsonl").open("a") as file:
+        file.write('{"key": "a", "reason": "a copy of b"}\n')  # left out on purpose
+    assert stats(built.index).quarantined == 2
     for i in range(5):
         (images / f"{i}.jpg").unlink()
     with pytest.raises(DataError, match="none of 2 images can be read"):
@@ -147,6 +153,7 @@ def test_keys_are_safe_and_unique() -> None:
         ("path,label\nnone.jpg,x\n", {}, r"t.csv row 2: image 'none.jpg' is not in"),
         ("path,label\none/bild 10.v1 ä.jpg,x\n", {}, r"did you mean 'one/bild \d1.v1 ä.jpg'\?"),
         ("pfad,label\nx.jpg,y\n", {}, "no column 'path' among pfad, label: name the right one with --path-column"),
+        ("filename,patient\nx.jpg,y\n", {}, r"--path-column; did you mean 'filename'\?"),
         (
             "path,Label\nx.jpg,y\n",
             {"columns": {"label": "label"}},

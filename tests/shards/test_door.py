@@ -88,3 +88,19 @@ def test_stats_names_leaks(photos: Path, tmp_path: Path) -> None:
     assert "split test has no sample of nevus, ulcer" in found.warnings
     assert found.sources["a"] == {"": 10, "melanoma": 20}
     assert found.sides == (48, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ("path,label\n{0},x\n{1},x", "no image is in a split, so pretraining reads all"),
+        ("path,label\n{0},x\n{1},x", "classes of fewer than 10 images: x (2)"),
+        ("path,split\n{0},ward 3\n{1},train", "know the splits train, val and test, not ward 3"),
+        ("path,dx\n{0},x\n{1},x", "no label is known: if a column of the table holds them"),
+    ],
+)
+def test_stats_says_what_will_be_missed_later(photos: Path, tmp_path: Path, rows: str, says: str) -> None:
+    names = sorted(path.relative_to(photos / "images").as_posix() for path in (photos / "images").rglob("*.jpg"))
+    (tmp_path / "t.csv").write_text(rows.format(*names), encoding="utf-8")
+    found = stats(build(photos / "images", tmp_path / "out", tmp_path / "t.csv", BuildOptions()).index)
+    assert any(says in warning for warning in found.warnings), found.warnings
