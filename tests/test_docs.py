@@ -32,6 +32,7 @@ from shards import demo, readers
 from shards.build import build
 from shards.format import decode
 from shards.options import BuildOptions
+from tests import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "log.md"}
@@ -130,10 +131,7 @@ def test_every_key_says_what_it_is(hooks: ModuleType) -> None:
     page = hooks.on_page_markdown(PAGES["keys.md"])
     for path in ("steps", "views.mask_shape", "objectives.labels.pseudo_above"):
         assert f"\n`{path}`\n:   " in page
-    assert (
-        "`block`, `inverse_block`, `random`" in page.replace("`block`, `random`, `inverse_block`", "")
-        or "`block`" in page
-    )
+    assert "\n`views.mask_shape`\n:   `block`, `random`, `inverse_block`, default `block`" in page
 
 
 def test_no_key_is_without_a_reader(hooks: ModuleType) -> None:
@@ -215,6 +213,25 @@ def test_figures_were_measured() -> None:
     assert len(written) > 20
     assert set(written) <= known
     assert f"about {cost.PER_PARAMETER} bytes for\neach parameter" in PAGES["operations.md"]
+
+
+def test_figures_stand_in_their_own_cells() -> None:
+    page, written = PAGES["method.md"], []
+    for line in page.splitlines():
+        if line.startswith("|") and re.search(r"\d\.\d{3} \[", line):
+            written.append(line)
+            assert line == figures.ham_row(line.split(" | ")[0][2:], [("knn", "1"), ("logistic", "1")])
+    assert len(written) == 8
+    few = figures.read("ham-cpu")["differences"]["hybrid - labels, knn, labels 0.1"]
+    text, shift = " ".join(page.split()), figures.read("pad")["shift"]["logistic"]
+    assert f"the lead over the labels alone is not shown: {figures.interval(few, '+')}." in text
+    home, away = (
+        {arm: figures.interval(shift[arm]["metrics"][which]) for arm in ("ham-hybrid", "ham-ssl", "histogram")}
+        for which in ("in_domain", "out_of_domain")
+    )
+    assert f"hybrid {home['ham-hybrid']} at home and {away['ham-hybrid']} there" in text
+    for name, arm in (("self-supervised", "ham-ssl"), ("histogram", "histogram")):
+        assert f"{name} {home[arm]} and {away[arm]}" in text
 
 
 # ---------------------------------------------------------------------------------------------- the three extensions

@@ -7,26 +7,37 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+
 from pretrain import command, recipe
+from shards import demo
+from shards.draw import Photo
+from tests.figures import RESULTS, ham_row, interval, read
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_interval_comes_from_a_results_file() -> None:
-    written = re.findall(r"[+-]?\d?\.\d{3} \[[^\]]+\]", README)
-    known = set()
-    for name in ("demo", "ham-cpu"):
-        document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        for metrics in document["metrics"].values():
-            known |= {"{value:.3f} [{low:.3f}, {high:.3f}]".format(**row) for row in metrics.values()}
-        known |= {"{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row) for row in document["differences"].values()}
-    assert len(written) == 46
-    assert set(written) <= known
+def test_every_interval_is_the_one_of_its_cell() -> None:
+    columns = [(protocol, share) for protocol in ("knn", "logistic") for share in ("1", "0.1")]
+    arms = ["`ham-cpu` (self-supervised + labels)", "the same without labels", "the labels alone", "random weights"]
+    pairs = ["hybrid - random", "hybrid - histogram", "hybrid - self-supervised", "self-supervised - histogram"]
+    names = [*arms, "colour histogram + thumbnail", *pairs]
+    rows = [ham_row(name, columns) for name in names]
+    document, protocols = read("demo"), ("knn", "logistic")
+    backbones = {"ours": "the demo's backbone", "random": "random weights of the same backbone"}
+    for arm, name in (backbones | {"histogram": "colour histogram + thumbnail"}).items():
+        found = [interval(document["metrics"][f"{arm} {p}"]["balanced_accuracy"]) for p in protocols]
+        rows.append(f"| {name} | {' | '.join(found)} |")
+    for other in ("random", "histogram"):
+        found = [interval(document["differences"][f"ours - {other}, {p}"], "+") for p in protocols]
+        rows.append(f"| ours - {other} | {' | '.join(found)} |")
+    written = [line for line in README.splitlines() if re.search(r"\d\.\d{3} \[", line)]
+    assert sorted(written) == sorted(rows)
 
 
 def test_every_other_measured_figure_is_the_one_that_was_measured() -> None:
-    results = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in (ROOT / "benchmarks/results").glob("*.json")}
+    results = {path.stem: read(path.stem) for path in RESULTS.glob("*.json")}
     heads, memory, copies = results["heads"], results["heads"]["peak_gib"], results["audit"]["ham"]["against_groups"]
     faster = results["views"]["sides"]["1024"]["times_as_fast"]["ours, worker / lightly"]["median"]
     text = " ".join(README.split())
@@ -35,6 +46,19 @@ def test_every_other_measured_figure_is_the_one_that_was_measured() -> None:
     assert f"costs {heads['time_over_plain']:.2f} x their time" in text
     assert f"{faster:.1f} times as fast as lightly's DINOTransform from a 1,024 px JPEG" in text
     assert f"found {copies['pairs']} pairs of copies, {copies['of_one_group']} of them known as one lesion" in text
+    more = results["audit"]["ham"]["with_backbone"]["against_groups"]
+    assert f"(`--backbone`) {more['pairs']}, of which {more['of_one_group']} are." in text
+    assert {results["ham-cpu"]["runs"][arm]["images"] for arm in ("hybrid", "ssl")} == {192_000}
+    assert "192,000 image presentations" in text
+    test = results["pad"]["shift"]["logistic"]["histogram"]["detail"]["domains"]["ham10000"]["test"]
+    assert f"Balanced accuracy on {test:,} test images" in text
+
+
+def test_the_demo_has_as_many_test_images_as_its_table_says(monkeypatch) -> None:
+    blank = Photo(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), bool), "tan", "blob", ())
+    monkeypatch.setattr(demo, "photograph", lambda *_: blank)  # what is drawn decides no split
+    splits = [json.loads(row["json"])["split"] for row in demo._samples(1600, 0, 128, 0.5, lambda *_: None)]
+    assert f"| balanced accuracy on {splits.count('test')} test images |" in README
 
 
 def test_what_it_points_at_is_there() -> None:

@@ -52,8 +52,8 @@ def test_the_mask_token_learns_and_a_mask_does_not_outlive_its_call() -> None:
     backbone(torch.randn(1, 3, 32, 32), mask).cls[:, 0].sum().backward()  # a sum over all D is constant after a norm
     assert backbone.mask_token.grad is not None
     assert backbone.mask_token.grad.abs().sum() > 0
-    with pytest.raises(RuntimeError):
-        backbone(torch.randn(1, 4, 32, 32), mask)  # wrong channels
+    with pytest.raises(RuntimeError, match="to have 3 channels, but got 4"):
+        backbone(torch.randn(1, 4, 32, 32), mask)
     before = backbone.eval()(torch.ones(1, 3, 32, 32)).cls
     with torch.no_grad():
         backbone.mask_token.add_(1.0)

@@ -90,7 +90,10 @@ def test_half_of_the_views_are_masked_and_each_batch_covers_the_range() -> None:
 
 
 def test_counts_are_rounded_shares_and_a_function_of_the_position() -> None:
-    assert mask_counts(7, 196, 0.5, (0.1, 0.5)) == mask_counts(7, 196, 0.5, (0.1, 0.5))
+    root = 1.32471795724  # of x^3 = x + 1
+    u = [(0.5 + 8 * step) % 1 for step in (1 / root, 1 / root**2)]  # place 7 is the eighth
+    share = [0.1 + 0.4 * v / 0.5 if v < 0.5 else 0.0 for v in u]
+    assert mask_counts(7, 196, 0.5, (0.1, 0.5)) == [round(s * 196) for s in share]
     assert {c for p in range(50) for c in mask_counts(p, 196, 1.0, (0.3, 0.3))} == {round(0.3 * 196)}
     assert {c for p in range(50) for c in mask_counts(p, 196, 0.0, (0.1, 0.5))} == {0}
     assert {c for p in range(50) for c in mask_counts(p, 4, 1.0, (0.5, 1.0))} == {2, 3, 4}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hybridssl.backbone import BackboneOptions, build
@@ -26,17 +27,19 @@ def views(images: int = 2) -> Views:
     return Views(*(torch.randn(n * images, 3, s, s, generator=g) for n, s in ((2, 32), (3, 16), (1, 32))))
 
 
-def test_the_teacher_is_the_moving_average_of_the_student() -> None:
+@pytest.mark.parametrize(("refused", "kept"), [(None, 0.75), (0.0, 0.75), (1.0, 1.0)])
+def test_the_teacher_is_the_moving_average_of_the_student(refused: float | None, kept: float) -> None:
+    """With a step that was judged, as the loop makes it, and without; of a refused one nothing is taken over."""
     learner = student("dino", "ibot", "labels")
     teacher = make_teacher(learner)
     before = {n: p.clone() for n, p in teacher.named_parameters()}
     with torch.no_grad():
         for p in learner.parameters():
             p.add_(torch.randn_like(p))
-    update_teacher(teacher, learner, 0.75)
+    update_teacher(teacher, learner, 0.75, None if refused is None else torch.tensor(refused))
     now = dict(learner.named_parameters())
     for name, p in teacher.named_parameters():
-        assert torch.allclose(p, 0.75 * before[name] + 0.25 * now[name], atol=1e-6), name
+        assert torch.allclose(p, kept * before[name] + (1 - kept) * now[name], atol=1e-6), name
         assert not p.requires_grad
 
 

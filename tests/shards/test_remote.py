@@ -24,7 +24,7 @@ import pytest
 from shards import remote
 from shards.__main__ import main
 from shards.cache import Cache, CacheFull, parse_size
-from shards.errors import FetchError
+from shards.errors import DataError, FetchError
 from shards.index import Index
 from shards.mix import open_sets
 from shards.stream import Order, SampleDataset, StreamOptions
@@ -178,7 +178,7 @@ def test_an_address_where_nothing_is(url: str, server: Server, cache: Cache) -> 
 
 def test_what_is_no_known_address_is_a_folder() -> None:
     for name in ("pipe:cat /etc/passwd", "ftp://host/x", "file:///tmp", "simplecache::http://host/x"):
-        with pytest.raises(Exception, match=r"holds no index\.json"):
+        with pytest.raises(DataError, match=r"holds no index\.json"):
             Index.open(name)
 
 
