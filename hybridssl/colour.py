@@ -8,7 +8,7 @@ The numbers of one view with C channels, Q = C * C + C + 2 of them, float32:
     [C*C + C + 1]   sigma of the Gaussian blur in pixels; 0 = none
 
 Brightness, contrast, saturation, hue and grey are all affine, so one matrix holds them. That fixes their order
-(torchvision shuffles it) and leaves one clamp at the end (torchvision clamps after each); it is some ten times cheaper.
+(torchvision shuffles it) and leaves one clamp at the end (torchvision clamps after each).
 """
 
 from __future__ import annotations

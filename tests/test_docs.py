@@ -170,12 +170,14 @@ def test_every_recipe_is_on_its_page_with_the_facts_of_its_file(hooks: ModuleTyp
         for fact in ("data", "hardware", "duration", "result", "command"):
             assert f"<dt>{fact}</dt>" in section, (name, fact)
         assert f"`{name}`" in PAGES["recipes.md"], f"{name} is not in the table of what is for whom"
-        figures = re.findall(r"(?<!\w)\.\d{3}\b", section.split("<dt>result</dt>")[1].split("</dd>")[0])
+        found = re.findall(r"(?<!\w)\.\d{3}\b", section.split("<dt>result</dt>")[1].split("</dd>")[0])
         results = ROOT / "benchmarks" / "results" / f"{name}.json"
-        if figures and results.is_file():  # else the recipe quotes its paper
+        if found and results.is_file():  # else the recipe quotes its paper
             metrics = json.loads(results.read_text(encoding="utf-8"))["metrics"]
             measured = {f"{m['balanced_accuracy']['value']:.3f}"[1:] for m in metrics.values()}
-            assert set(figures) <= measured, f"{name} promises what {results.name} does not hold"
+            assert set(found) <= measured, f"{name} promises what {results.name} does not hold"
+    took = round(figures.read("demo")["last step"]["seconds"] / 60)
+    assert f"<dt>duration</dt><dd>{took} minutes" in page.split("## `demo`\n")[1]
 
 
 def test_every_verb_and_objective_has_its_place() -> None:
