@@ -52,10 +52,10 @@ def line_chart(
         return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
 
     parts = [_heading(title)]
-    for value in ticks:
+    for value, text in zip(ticks, _tick_texts(ticks), strict=True):
         y = at(np.array([[first, value]])).split(",")[1]
         parts.append(f'<path class="axis" d="M{left} {y}H{right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{_short(value)}</text>')
+        parts.append(f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{text}</text>')
     parts.append(f'<text x="{left}" y="{height - 6}">{_short(first)}</text>')
     parts.append(f'<text x="{right}" y="{height - 6}" text-anchor="end">{escape(x_label)} {_short(last)}</text>')
     for name, value in levels.items():
@@ -119,12 +119,15 @@ def heat_map(matrix: np.ndarray, names: Sequence[str], title: str = "") -> Marku
     cell = (WIDTH - left - 2) / max(count, 1)
     parts = [_heading(title)]
     size = min(12.0, cell * 0.95)
+    short = _told_apart(names, int((left - 6) / (0.58 * size)))  # a letter is about so wide
     for i, name in enumerate(names):
         y = top + (i + 0.5) * cell
         look = f'text-anchor="end" style="font-size:{size:.1f}px"'
-        parts.append(f'<text x="{left - 6}" y="{y + size / 3:.1f}" {look}>{escape(_clip(name, 15))}</text>')
+        parts.append(
+            f'<text x="{left - 6}" y="{y + size / 3:.1f}" {look}>{escape(short[i])}<title>{escape(name)}</title></text>'
+        )
         for j in range(count):
-            value = float(matrix[i, j])
+            value = round(float(matrix[i, j]), 2) + 0.0  # + 0.0: no -0
             colour, strength = (COLOURS[0] if value >= 0 else COLOURS[1]), min(abs(value), 1.0)
             x, side = left + j * cell, cell - 1
             tip = f"<title>{escape(name)} / {escape(names[j])}: {value:.2f}</title>"
@@ -232,6 +235,12 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     power = 10 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     return [i * step for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def _tick_texts(ticks: Sequence[float]) -> list[str]:
+    """As short as they can be while they differ."""
+    texts = [_short(value) for value in ticks]
+    return texts if len(set(texts)) == len(texts) else [f"{value:.6g}" for value in ticks]
 
 
 def _short(value: float) -> str:

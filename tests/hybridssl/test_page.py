@@ -153,7 +153,9 @@ def test_line_chart_smooths_noise_and_nothing_else() -> None:
     assert "<circle" in charts.line_chart({"a": [(3, 1.0)]})  # one point is a dot
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 0), (5, 5), (-3, 7), (1e-7, 3e-7), (0.99, 1.0), (2, 900_000)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0), (5, 5), (-3, 7), (1e-7, 3e-7), (0.99, 1.0), (2, 900_000), (1.004, 1.016)]
+)
 def test_ticks_are_few_and_hold_the_data(low: float, high: float) -> None:
     (curve,) = polylines(charts.line_chart({"a": [(0, low), (1, high)]}, height=200))
     assert curve[:, 1].min() >= 45
@@ -162,6 +164,16 @@ def test_ticks_are_few_and_hold_the_data(low: float, high: float) -> None:
     assert 3 <= len(ticks) <= 7
     assert ticks[0] <= low + 1e-9
     assert ticks[-1] >= high - 1e-9
+    assert len(set(charts._tick_texts(ticks))) == len(ticks)
+
+
+def test_names_beside_a_heat_map_fit_and_differ() -> None:
+    svg = charts.heat_map(np.array([[1, -0.001], [-0.001, 1]]), ["Seltene Krankheit A", "Seltene Krankheit B"])
+    names = re.findall(r'text-anchor="end"[^>]*>([^<]*)<title>', svg)
+    assert len(set(names)) == 2
+    assert all(len(name) <= 12 for name in names)
+    assert ">0.00<" in svg
+    assert "-0.00" not in svg
 
 
 def test_bands_lie_on_an_axis_of_even_or_of_logarithmic_steps() -> None:
