@@ -245,3 +245,5 @@ def _show(about: dict[str, Any], compared: list[Comparison], path: Path) -> None
     for note in about["notes"]:
         console.print(f"note: {note}")
     console.print(f"written: {path} and report.html beside it", soft_wrap=True)
+    everything = path.parent.parent
+    console.print(f"next: python -m finetune report {everything} --out {everything / 'report.html'}", soft_wrap=True)

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         val_scores.append(voter.predict({"cls": x["cls"][val]}))
         choices.append({**voter.choice, "val": round(voter.val, 4)})
     work.finish("knn", scores, choices, {"k": args.k, "temperature": TEMPERATURE, "features": "cls"}, val_scores)
+    task.suggest(args, "knn")
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         choices = [{**head.choice, "val": round(head.val, 4)} for head in heads]
         grid = {**METHODS[name][1], "features": list(readouts(work.features.x)), "class_weight": weighing(work.kind)}
         work.finish(name, scores, choices, grid, val_scores)
+    task.suggest(args, args.methods[0])
 
 
 def xs(work: task.Task) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:

@@ -101,7 +101,9 @@ def share(result: Result) -> str:
 def page(found: list[Result], out: Path, heading: str) -> Page:
     """The answers, then one section a data set: backbones side by side as charts, then a table a protocol."""
     html = Page(
-        heading, "Test figures; 95 % intervals over resampled patients or lesions; all choices were made on val."
+        heading,
+        "Test figures; 95 % intervals over resampled patients or lesions; all choices were made on val. In bold, the "
+        "best of those with equally many labels.",
     )
     if any(result.protocol == "scaling" for result in found):
         found = [r for r in found if "settings" not in (r.about.get("detail") or {})]  # its own page shows its cells

@@ -254,6 +254,18 @@ def device_of(name: str) -> str:
     return name
 
 
+def suggest(args: argparse.Namespace, protocol: str) -> None:
+    """What a score by itself does not say: is it more than that of a backbone that has learnt nothing?"""
+    here, spec = args.out / protocol, args.backbone
+    if spec == "histogram" or spec.startswith("random:"):
+        then = f"python -m finetune compare {here} OTHER/{protocol} --out {args.out.parent}"
+    else:
+        null = args.out.with_name(f"{args.out.name}-random")
+        then = f"the same with --backbone random:{spec} --out {null}, then "
+        then += f"python -m finetune compare {null / protocol} {here} --out {args.out.parent}"
+    Terminal().print(f"next: {then}", soft_wrap=True)
+
+
 def peak_mb() -> float:
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, KiB elsewhere
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

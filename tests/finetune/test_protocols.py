@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +244,22 @@ def test_the_probe_learns_more_than_chance_and_the_histogram_sees_colours(evalua
     result = evaluate("probe", "--methods", "logistic", backbone="histogram", protocol="logistic")
     assert result.metrics["balanced_accuracy"].low > 0.5, "three classes of three colours"
     assert result.about["backbone"]["baseline"]
+
+
+def test_the_next_step_that_is_named_can_be_taken(evaluate, export_folder, tmp_path, capsys):
+    def said() -> str:
+        return capsys.readouterr().out.rpartition("next: ")[2].strip()
+
+    evaluate("knn", "--k", 3)
+    same, _, compare = said().partition(", then ")
+    null, out = re.fullmatch(r"the same with --backbone (\S+) --out (\S+)", same).groups()
+    evaluate("knn", "--k", 3, backbone=null, out=Path(out))
+    assert said() == f"python -m finetune compare {out}/knn OTHER/knn --out {tmp_path}"
+    assert main(compare.split()[3:]) == 0
+    (verdict,) = results.read(tmp_path / "compare-knn/results.json").about["detail"]["comparisons"]
+    assert (verdict["a"], verdict["b"]) == (str(export_folder), null)
+    assert main(said().split()[3:]) == 0
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_few_labels_by_whole_groups(evaluate, index):
