@@ -64,8 +64,10 @@ def build(options: BackboneOptions, channels: int = 3, image_size: int = 224) ->
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"timm cannot build {options.name} at {size} px with {args}: {error}") from error
     backbone = Backbone(model)
-    if size % backbone.patch_size:
-        raise UserError(f"image size {size} is not a multiple of the patch size {backbone.patch_size}")
+    if size % (patch := backbone.patch_size):
+        key = "backbone.image_size" if options.image_size else "views.global_size"
+        near = max(round(size / patch), 1) * patch
+        raise UserError(f"{key}={size} is not a multiple of {options.name}'s patch of {patch} px: try {near}")
     return backbone
 
 
@@ -101,10 +103,12 @@ def _read_weights(options: BackboneOptions) -> dict[str, Tensor]:
             return load_file(path / trust.WEIGHTS)
         if path.suffix == ".safetensors":
             return load_file(path)
+        if options.pickled and path.is_file():
+            return trust.pickled(path)
         if path.exists() or source.count("/") != 1:
             raise UserError(
                 f"backbone.weights={source}: neither 'pretrained', a folder with model.safetensors, a .safetensors "
-                "file nor a hub id org/name (files that need pickle are not read; convert them to safetensors first)"
+                "file nor a hub id org/name (a .pth is a pickle: read only if backbone.pickled=true says so)"
             )
         return _released(f"hf-hub:{source}", {"hf_hub_filename": trust.WEIGHTS})
     except UserError:

@@ -9,6 +9,8 @@ from typing import Any
 from hybridssl.charts import WIDTH, _heading, _svg
 from hybridssl.page import COLOURS, GREY, Markup
 
+_WIDEST = 14  # radius of a dot that holds all images
+
 
 def reliability_diagram(
     curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str = "", height: int = 300
@@ -17,7 +19,7 @@ def reliability_diagram(
 
     A bin holds `confidence`, `frequency` and `count`. Below the diagonal the model is too sure of itself.
     """
-    left, right, top, bottom = 34, WIDTH - 8, 46, height - 38
+    left, right, top, bottom = 34, WIDTH - _WIDEST, 46, height - 38
 
     def at(x: float, y: float) -> tuple[float, float]:
         return left + x * (right - left), bottom - y * (bottom - top)
@@ -40,7 +42,7 @@ def reliability_diagram(
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" stroke-opacity=".6"/>')
         for (x, y), b in zip(points, bins, strict=True):
-            radius = 2 + 12 * (b["count"] / total) ** 0.5
+            radius = 2 + (_WIDEST - 2) * (b["count"] / total) ** 0.5
             said = f"{name}: {b['count']:,.0f} at confidence {b['confidence']:.2f}, true {b['frequency']:.2f}"
             tip = f"<title>{escape(said)}</title>"
             parts.append(

@@ -111,7 +111,10 @@ def _export(args: argparse.Namespace) -> str:
     if args.results:
         print(f"evaluations of this backbone in the model card: {report.results}")
     if not args.license:
-        print("the model card states no licence; --license ID fills it in")
+        print("note: the model card states no licence; --license ID fills it in")
+    if not args.push:
+        name = Path(args.out).name
+        print(f"next: python -m finetune probe --backbone {args.out} --data FOLDER --out results/{name}")
     return args.out
 
 

@@ -22,7 +22,8 @@ def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = Fal
     backbone = backbones.build(recipe.backbone, index.channels, recipe.views.global_size)
     for key, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
         if size % backbone.patch_size:
-            raise UserError(f"views.{key}={size} is not a multiple of the backbone's patch size {backbone.patch_size}")
+            patch, near = backbone.patch_size, max(round(size / backbone.patch_size), 1) * backbone.patch_size
+            raise UserError(f"views.{key}={size} is not a multiple of the backbone's patch of {patch} px: try {near}")
     if recipe.backbone.weights:
         coverage = backbones.load_weights(backbone, recipe.backbone)
         if announce:

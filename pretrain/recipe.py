@@ -138,7 +138,7 @@ def find(name: str) -> Path:
         return path
     if name not in names():
         near = difflib.get_close_matches(name, names(), 1, 0.4)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "."
         known = ", ".join((AUTO, *names()))
         raise UserError(f"there is no recipe '{name}'{hint} There are: {known}; or give a .yaml file")
     return RECIPES / f"{name}.yaml"

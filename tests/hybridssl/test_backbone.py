@@ -94,7 +94,7 @@ def test_missing_registers_are_named_as_fresh(tmp_path: Path) -> None:
         (BackboneOptions(name="vit_smal_patch16_224"), 224, ["vit_smal_patch16_224", "vit_small_patch16_224"]),
         (BackboneOptions(name="swin_tiny_patch4_window7_224"), 224, ["swin_tiny_patch4_window7_224"]),
         (replace(TINY, args={**TINY.args, "depht": 3}), 32, ["depht"]),
-        (TINY, 36, ["36", "8"]),
+        (TINY, 36, ["views.global_size=36", "patch of 8", "try 32"]),
     ],
 )
 def test_what_cannot_be_built_is_named(options: BackboneOptions, size: int, words: list[str]) -> None:

@@ -33,7 +33,8 @@ def test_onnxruntime_gives_our_features_and_the_card_runs(tmp_path, monkeypatch,
     assert main(["export", str(folder), "--out", str(out), "--onnx", "--license", "mit"]) == 0
     printed = capfd.readouterr()
     assert re.search(r"timm \S+, transformers \S+, onnxruntime \d[.]\de-\d\d\n", printed.out)
-    assert printed.out.count("\n") == 2  # nothing of the exporter's
+    assert printed.out.count("\n") == 3  # nothing of the exporter's
+    assert f"next: python -m finetune probe --backbone {out} --data FOLDER" in printed.out
     assert printed.err == ""
 
     ours, state = run.load_backbone(folder)
