@@ -44,7 +44,9 @@ from shards.index import Index
 
 HELP = """usage: accelerate launch pretrain [recipe=NAME_OR_PATH] data.train=FOLDER out=RUN_FOLDER [key=value ...]
 
-Pretrain a vision backbone on tar shards. Run the same command again and it goes on where it was.
+Pretrain a vision backbone on tar shards. Ctrl-C saves and stops; the same command again goes on where it was.
+For one GPU, or the CPU, `python -m pretrain` does the same without the launcher, whose warnings and tracebacks stand
+around our own lines.
 
   recipe=NAME      one of: {names}; or a .yaml file.
                    Without one, what `python -m hybridssl doctor` proposes for the data and this machine (recipe=auto)
@@ -55,7 +57,7 @@ Pretrain a vision backbone on tar shards. Run the same command again and it goes
                    objectives.labels=null switches a part off; lists as views.local_scale=[0.1,0.4]
 
 examples
-  accelerate launch pretrain data.train=data/derm out=runs/derm
+  python -m pretrain data.train=data/derm out=runs/derm
   accelerate launch pretrain recipe=demo data.train=data/demo out=runs/demo
   accelerate launch --multi_gpu --num_processes 4 pretrain recipe=derm-s data.train=data/derm out=runs/derm-s
 """
