@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from shards.errors import DataError
 from shards.format import Sample
 from shards.index import Index
-from shards.order import LABELLED_EPOCH
+from shards.order import LABELLED_EPOCH, Epochs
 from shards.stream import STAND_IN_EPOCH, Order, Positions, Quarantine, SampleDataset, StreamOptions
 
 
@@ -95,6 +95,14 @@ def test_epochs_and_seeds_differ() -> None:
 
     orders = [epoch(0, 0), epoch(0, 1), epoch(1, 0)]
     assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+def test_every_epoch_draws_anew_both_the_shards_and_the_samples_inside_them() -> None:
+    epochs = Epochs(np.arange(60), np.arange(0, 61, 10), window=1, seed=0)  # a shard of ten after the other
+    first, second = (np.array([epochs(60 * e + i)[1] for i in range(60)]).reshape(6, 10) for e in range(2))
+    assert (first[:, 0] // 10 != second[:, 0] // 10).any()
+    assert (first % 10 != second % 10).any(axis=1).all()
+    assert (np.sort(first % 10) == np.arange(10)).all()
 
 
 def test_the_order_never_changes() -> None:
