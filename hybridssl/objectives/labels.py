@@ -88,7 +88,8 @@ class Labels(Objective):
         self.views = frozenset({options.view, "global"} if self.pseudo else {options.view})
         self.taught = self.pseudo
         if context.classes == 0:
-            raise UserError("objectives.labels: the data names no class; label some images or set its weight to 0")
+            hint = "label some images, or say objectives.labels=null stream.labelled_fraction=0"
+            raise UserError(f"objectives.labels: the data names no class; {hint}")
         above = _above(options, context)
         self.vocabulary = Vocabulary(context.named, above)
         counts = context.named if context.counts is None else context.counts
