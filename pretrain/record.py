@@ -249,7 +249,7 @@ class Record:
             print(f"done: {step} steps, {step * self.recipe.batch.size:,} images{early}\nreport: {page}")
             best = self.out / "checkpoints" / "best"
             chosen = best.with_name(best.read_text(encoding="utf-8")) if reason and best.is_file() else self.out
-            print(f"next: python -m hybridssl export {chosen} --out models/{self.recipe.name}")
+            print(f"next: python -m hybridssl export {chosen} --out models/{self.out.name}")
         return 0
 
 

@@ -61,4 +61,6 @@ def run(args: argparse.Namespace) -> None:
     console.print(page.answer(found.document))
     console.print(f"wrote {path} and {args.out / 'audit.html'}: look at it")
     if found.document["drop"] or found.document["leaks"]:
-        console.print(f"next: accelerate launch pretrain data.train={args.folder} stream.exclude={path}")
+        console.print(f"next: accelerate launch pretrain data.train={args.folder} stream.exclude={path} out=runs/NAME")
+    else:
+        console.print(f"next: python -m hybridssl doctor --data {args.folder}")

@@ -49,7 +49,7 @@ def test_from_the_door_to_the_page(folder: Path, tmp_path: Path, capsys: pytest.
     assert len(document["drop"]) == 40
     assert len(document["leaks"]) == 60
     assert "40 of 60 images are redundant copies" in said
-    assert f"stream.exclude={tmp_path / 'audit.json'}" in said
+    assert f"stream.exclude={tmp_path / 'audit.json'} out=" in said
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "http" not in page.replace("http-equiv", "")

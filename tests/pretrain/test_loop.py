@@ -59,13 +59,14 @@ def test_how_the_backbone_is_run_changes_no_result(
     assert_close(losses(tmp_path / "other"), losses(whole), 1e-4)
 
 
-def test_the_precision_is_measured_once_and_kept(tiny: list[str], tmp_path: Path, monkeypatch) -> None:
+def test_the_precision_is_measured_once_and_kept(tiny: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     run, begun = [*tiny, f"out={tmp_path / 'run'}", "steps=2"], []
     monkeypatch.setattr(precision, "faster_in_bf16", lambda device: begun.append(device.type) or len(begun) == 1)
     AcceleratorState._reset_state(True)
     assert main(run) == 0
     assert "precision: bf16" in (tmp_path / "run" / "recipe.yaml").read_text()
     assert main(run) == 0  # goes on where it was: at its end
+    assert f"next: python -m hybridssl export {tmp_path / 'run'} --out models/run\n" in capsys.readouterr().out
     assert len(begun) == 1
     AcceleratorState._reset_state(True)
     assert main([*tiny, f"out={tmp_path / 'new'}", "steps=1"]) == 0
