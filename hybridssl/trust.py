@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hybridssl.errors import UserError
 
 WEIGHTS = "model.safetensors"
@@ -85,6 +88,26 @@ def folder(path: Path) -> None:
         there = sorted(p.name for p in path.glob("*") if p.suffix in (".bin", ".pth", ".pt", ".pkl"))
         hint = f"; {there[0]} is a pickle, which can run code and is not read: convert it first" if there else ""
         raise UserError(f"{path} has no {WEIGHTS}{hint}")
+
+
+def pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of somebody's .pth, for those who ask for it by `backbone.pickled`.
+
+    torch's restricted unpickler builds tensors and containers and calls nothing else. What training code wraps around
+    a network's tensors is taken off: the dictionaries of a training state, and the prefixes of wrappers (a DINOv2
+    checkpoint has teacher -> backbone.blocks.0...). Raises UserError when it holds no tensors.
+    """
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    for name in ("teacher", "state_dict", "model", "model_state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
+            found = found[name]
+    tensors = {str(k): v for k, v in found.items() if isinstance(v, Tensor)} if isinstance(found, Mapping) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by name")
+    for prefix in ("module.", "backbone."):
+        inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        tensors = inside or tensors
+    return tensors
 
 
 def released(name: str) -> dict[str, str]:

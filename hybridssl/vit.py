@@ -34,6 +34,7 @@ class BackboneOptions:
     weights: str = (
         ""  # "" from scratch | "pretrained" (timm's own) | exported folder | .safetensors | hub id "org/name"
     )
+    pickled: bool = False  # weights may be a .pth of others: read by torch's restricted unpickler, tensors alone
     lora: int = 0  # rank of low-rank updates: the loaded weights rest and these move, to be merged at export; 0: none
     min_match: float = 0.9  # loading fails when fewer of the backbone's tensors are found
 

@@ -176,11 +176,34 @@ def test_a_recipe_takes_weights_by_one_key_alone(tmp_path: Path, sign: Sign, key
 
 @pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.bin", "w.pkl", "w.npz", "w.safetensors"])
 def test_foreign_weights(tmp_path: Path, sign: Sign, name: str) -> None:
-    """There is no flag that would open a pickle, not even with weights_only."""
+    """Not opened; and with the flag for files of others, by an unpickler that calls nothing."""
     path = tmp_path / name
     path.write_bytes(sign.checkpoint)
-    with pytest.raises(UserError, match=rf"backbone\.weights={path}"):
+    for pickled in (False, True):
+        with pytest.raises(UserError, match=rf"backbone\.weights={path}"):
+            backbone.load_weights(backbone.build(options()), options(weights=str(path), pickled=pickled))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        lambda state: {
+            "teacher": {f"backbone.{k}": v for k, v in state.items()} | {"head.x": torch.ones(1)},
+            "step": 3,
+        },
+        lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}},
+    ],
+    ids=["plain", "dinov2", "wrapped"],
+)
+def test_foreign_weights_by_the_flag_alone(tmp_path: Path, wrap: Callable[[dict], dict]) -> None:
+    path, given = tmp_path / "w.pth", backbone.build(options()).model.state_dict()
+    torch.save(wrap(given), path)
+    with pytest.raises(UserError, match=r"backbone\.pickled=true"):
         backbone.load_weights(backbone.build(options()), options(weights=str(path)))
+    mine = backbone.build(options())
+    assert backbone.load_weights(mine, options(weights=str(path), pickled=True)).matched == len(given)
+    assert all(torch.equal(mine.model.state_dict()[name], tensor) for name, tensor in given.items())
 
 
 @pytest.mark.parametrize("source", ["org/model", "pretrained", "timm"])

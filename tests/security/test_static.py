@@ -65,9 +65,18 @@ def test_there_is_something_to_read() -> None:
     assert len(FILES) > 100
 
 
+# The one place, behind a key that is off: backbone.pickled.
+BY_FLAG = "torch.load(path, map_location='cpu', weights_only=True)"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_unpickles_evaluates_or_starts_a_shell(path: Path) -> None:
-    assert list(faults(ast.parse(path.read_text(encoding="utf-8")))) == []
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if path.name == "trust.py":
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node) == BY_FLAG]
+        assert len(calls) == 1
+        calls[0].func = ast.Name("allowed")
+    assert list(faults(tree)) == []
 
 
 @pytest.mark.parametrize(
