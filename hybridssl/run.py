@@ -166,14 +166,17 @@ def _damage(folder: Path) -> str:
         if not path.is_file():
             return f"{path} is missing"
         about = path.stat()
-        if _digest(path, about.st_size, about.st_mtime_ns) != expected:
+        if _digest(path, about.st_ino, about.st_size, about.st_mtime_ns) != expected:
             return f"{path} is damaged (its sha256 is not the recorded one)"
     return ""
 
 
 @lru_cache(maxsize=64)
-def _digest(path: Path, size: int, changed: int) -> str:
-    """Of a file as it is now: a checkpoint of gigabytes is not read again for every question."""
+def _digest(path: Path, number: int, size: int, changed: int) -> str:
+    """Of a file as it is now: a checkpoint of gigabytes is not read again for every question.
+
+    `number`, the inode: a file that replaces another within a tick of the clock may have its size and time.
+    """
     return sha256(path)
 
 

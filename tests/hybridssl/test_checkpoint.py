@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import threading
@@ -91,6 +92,18 @@ def test_a_damaged_newest_one_is_named_and_the_one_before_used(what: str, tmp_pa
             run.read_tensors(newest)  # asked for by name, it is refused
     checkpoint.save(tmp_path, state(2), *three())  # the run writes it again
     assert run.latest(tmp_path).name == "step-2"
+
+
+def test_a_file_that_replaces_another_is_read_again_whatever_its_time(tmp_path: Path) -> None:
+    newest = tmp_path / "checkpoints" / "step-1"
+    checkpoint.save(tmp_path, state(1), *three())
+    damage(newest / "model.safetensors")
+    with pytest.raises(UserError, match="damaged"):
+        run.latest(tmp_path)
+    moment = (newest / "model.safetensors").stat().st_mtime_ns
+    checkpoint.save(tmp_path, state(1), *three())  # of the same size, and here of the same tick of the clock
+    os.utime(newest / "model.safetensors", ns=(moment, moment))
+    assert run.latest(tmp_path) == newest
 
 
 def test_none_whole_is_an_error_that_names_the_damage(tmp_path: Path) -> None:
