@@ -80,7 +80,8 @@ def checkpoints(rounds: int = 3) -> dict[str, Any]:
     modes = {"none": (99, False), "in a thread": (10, False), "waited for": (10, True)}
     seconds: dict[str, list[float]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as folder:
-        demo.generate(Path(folder) / "demo", samples=400)
+        out = Path(folder)
+        demo.generate(out / "demo", samples=400)
         for turn in range(rounds):
             for mode, (every, waits) in modes.items():
                 out = Path(folder) / f"{mode}-{turn}"
