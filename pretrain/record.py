@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -34,6 +36,14 @@ from shards.terminal import Terminal
 STOPPED = "stopped"  # in the run folder: asked to stop, and can go on. Launchers hide the exit code
 
 
+class Bar(Progress):
+    """The bar, and the news on lines of their own: beside it they would push it out of a narrow terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(task.fields["news"]) for task in self.tasks if task.fields["news"])
+
+
 class Record:
     """Writes the run folder (the main process) and shows progress. Values between two logged steps are averaged."""
 
@@ -53,12 +63,11 @@ class Record:
         if recipe.log.trackers:
             accelerator.init_trackers(recipe.name, config=_flat(to_dict(recipe)))
         self.console = Terminal(stderr=True)
-        self.bar = Progress(
+        self.bar = Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[news]}"),
             console=self.console,
             disable=not (self.main and self.console.is_terminal),
         )
