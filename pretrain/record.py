@@ -55,10 +55,10 @@ class Record:
         self.selected = selected(recipe, index)
         self.metrics, self.refusals = Journal(out / "metrics.jsonl"), Journal(out / "skipped.jsonl")
         self.lines = self.metrics.cut(step) if self.main else []
-        self.refusals.cut(step)
         self.seconds = max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
         self.alarmed: set[str] = set()
         if self.main:
+            self.refusals.cut(step)
             self._begin(learner, fresh=step == 0)
         if recipe.log.trackers:
             accelerator.init_trackers(recipe.name, config=_flat(to_dict(recipe)))
