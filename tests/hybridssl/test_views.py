@@ -132,9 +132,14 @@ def test_crops_are_cut_from_the_drawn_box() -> None:
     options = PLAIN
     rng = generator(3, 1, 4)
     crops = crop(image, generator(3, 1, 4), options, 8, 0)
-    top, left, h, w = draw_box(rng, 120, 160, options.global_scale, options.aspect)
-    pillow = Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
-    assert np.abs(crops.global_[0].transpose(1, 2, 0) - np.asarray(pillow).astype(float)).mean() < 6
+    scales = [options.global_scale] * 2 + [options.local_scale] * len(crops.local)
+    assert len(scales) > 2
+    for view, scale in zip([*crops.global_, *crops.local], scales, strict=True):
+        top, left, h, w = draw_box(rng, 120, 160, scale, options.aspect)
+        rng.random(2)  # whether to flip
+        box, size = (left, top, left + w, top + h), (view.shape[1],) * 2
+        pillow = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box=box)
+        assert np.abs(view.transpose(1, 2, 0) - np.asarray(pillow).astype(float)).mean() < 10
 
 
 def test_flips_mirror_the_crop() -> None:
