@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from hybridssl import student
 from pretrain.command import load
@@ -46,6 +47,17 @@ def test_gradients_are_clipped_and_the_teacher_gets_its_momentum(tiny: list[str]
     assert kept == pytest.approx([0.01] * 4, rel=1e-3)
     assert all(line["grad_norm"] > 0.1 for line in lines(tmp_path / "run"))  # as it was before
     assert momenta == pytest.approx([0.5, 0.5 + 0.4 * (1 - 0.5**0.5) / 2, 0.7, 0.5 + 0.4 * (1 + 0.5**0.5) / 2])
+
+
+def test_the_backbone_rests_while_the_heads_warm_up(tiny: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main([*tiny, "optim.heads_first=0.5", "save.every=1", "save.keep=9", f"out={out}"]) == 0
+    after = [load_file(out / "checkpoints" / f"step-{n}" / "model.safetensors") for n in (1, 2, 4)]
+    moved = [{k for k in a if k.startswith("student.") and not torch.equal(a[k], b[k])} for a, b in pairwise(after)]
+    resting, awake = ({k for k in keys if k.startswith("student.backbone.")} for keys in moved)
+    assert moved[0]
+    assert not resting
+    assert len(awake) > 10
 
 
 def test_every_step_and_process_draws_its_own() -> None:
