@@ -2,9 +2,13 @@
 
 import sys
 
-from pretrain.stop import follow_the_launcher
+from pretrain.launcher import follow_the_launcher
+from pretrain.usage import asked, text
 
-follow_the_launcher()  # first: loading takes seconds, and the launcher may end meanwhile
+if asked(sys.argv[1:]):
+    print(text())
+    sys.exit()
+follow_the_launcher()  # before what takes seconds to import
 
 from pretrain.loop import main  # noqa: E402
 

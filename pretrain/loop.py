@@ -29,7 +29,7 @@ from hybridssl.recipe import differences, to_dict
 from hybridssl.schedule import cosine, ramp
 from hybridssl.student import Student
 from hybridssl.views import render
-from pretrain import command, data, fit, garbage, record
+from pretrain import command, data, fit, garbage, record, usage
 from pretrain import recipe as recipes
 from pretrain.assemble import build_student
 from pretrain.best import Best
@@ -42,30 +42,10 @@ from pretrain.watchdog import Watchdog
 from shards.errors import DataError
 from shards.index import Index
 
-HELP = """usage: accelerate launch pretrain [recipe=NAME_OR_PATH] data.train=FOLDER out=RUN_FOLDER [key=value ...]
-
-Pretrain a vision backbone on tar shards. Ctrl-C saves and stops; the same command again goes on where it was.
-For one GPU, or the CPU, `python -m pretrain` does the same without the launcher, whose warnings and tracebacks stand
-around our own lines.
-
-  recipe=NAME      one of: {names}; or a .yaml file.
-                   Without one, what `python -m hybridssl doctor` proposes for the data and this machine (recipe=auto)
-  data.train=DIR   a folder made by `python -m shards build` (or `demo`), or its address: s3://, gs://, hf://, https://;
-                   several as DIR,DIR, mixed by size, by stream.temperature=T or by stream.weights=[W,W]
-  out=DIR          the run folder: recipe.yaml, metrics.jsonl, checkpoints/, report.html
-  key=value        any key of the recipe, for example steps=2000 batch.size=128 batch.micro=32 seed=1
-                   objectives.labels=null switches a part off; lists as views.local_scale=[0.1,0.4]
-
-examples
-  python -m pretrain data.train=data/derm out=runs/derm
-  accelerate launch pretrain recipe=demo data.train=data/demo out=runs/demo
-  accelerate launch --multi_gpu --num_processes 4 pretrain recipe=derm-s data.train=data/derm out=runs/derm-s
-"""
-
 
 def main(arguments: Sequence[str]) -> int:
-    if not arguments or {"-h", "--help", "help"} & set(arguments):
-        print(HELP.format(names=", ".join(recipes.names())))
+    if usage.asked(arguments):
+        print(usage.text())
         return 0
     try:
         return train(command.load(arguments))

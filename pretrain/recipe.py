@@ -15,12 +15,12 @@ from hybridssl.optim import OptimOptions
 from hybridssl.text import TextOptions
 from hybridssl.views import ViewOptions
 from pretrain.guard import GuardOptions
+from pretrain.usage import RECIPES, names
 from shards.address import ADDRESS, public
 from shards.index import Index
 from shards.mix import open_sets
 from shards.stream import StreamOptions
 
-RECIPES = Path(__file__).parent / "recipes"
 AUTO = "auto"  # no file: what the doctor proposes for the data and the machine
 
 
@@ -142,7 +142,3 @@ def find(name: str) -> Path:
         known = ", ".join((AUTO, *names()))
         raise UserError(f"there is no recipe '{name}'{hint} There are: {known}; or give a .yaml file")
     return RECIPES / f"{name}.yaml"
-
-
-def names() -> list[str]:
-    return sorted(p.stem for p in RECIPES.glob("*.yaml"))

@@ -45,6 +45,12 @@ def test_every_other_measured_figure_is_the_one_that_was_measured() -> None:
     assert f"take {memory['ours']:.2f} GiB where the plain formulas take {memory['plain']:.2f}" in text
     assert f"costs {heads['time_over_plain']:.2f} x their time" in text
     assert f"{faster:.1f} times as fast as lightly's DINOTransform from a 1,024 px JPEG" in text
+    both = results["views"]["sides"]["1024"]["times_as_fast"]["ours, both / lightly"]["median"]
+    assert f"with the colours on the same core {both:.1f} times" in text
+    assert f"took {round(results['demo']['last step']['seconds'] / 60)} minutes" in text
+    tried = results["reliability"]["fuzz"]
+    assert f"{tried['inputs']:,} spoilt files and words" in text
+    assert (len(tried["targets"]), tried["faults"]) == (12, [])
     assert f"found {copies['pairs']} pairs of copies, {copies['of_one_group']} of them known as one lesion" in text
     more = results["audit"]["ham"]["with_backbone"]["against_groups"]
     assert f"(`--backbone`) {more['pairs']}, of which {more['of_one_group']} are." in text
