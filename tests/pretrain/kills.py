@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def run(arguments: list[str], log: Path, point: str | None = None, after: int = 
     with open(log, "a") as told, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         os.setsid()  # its workers are killed with it
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(report, "write", lambda folder: folder / "report.html"))
+            stack.enter_context(mock.patch.object(report, "write", lambda folder, *_: folder / "report.html"))
             if point:
                 owner, name, breaks = POINTS[point]
                 whole, left = getattr(owner, name), [after]
@@ -82,8 +83,10 @@ def run(arguments: list[str], log: Path, point: str | None = None, after: int = 
 
                 stack.enter_context(mock.patch.object(owner, name, sometimes))
             code = 70
-            with contextlib.suppress(BaseException):
+            try:
                 code = main(arguments)
+            except BaseException:
+                traceback.print_exc()
     os._exit(code)
 
 

@@ -62,7 +62,7 @@ def test_reports_are_compared_and_only_what_moves_is_saved(run: Path) -> None:
 
 
 def test_a_run_that_stopped_goes_on_bit_for_bit(run: Path, grey: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pretrain.report.write", lambda run: run / "report.html")
+    monkeypatch.setattr("pretrain.report.write", lambda run, *_: run / "report.html")
     again = Path(shutil.copytree(run, tmp_path / "again"))
     shutil.rmtree(again / "checkpoints" / "step-4")
     assert main(command(grey, again)) == 0
@@ -77,7 +77,7 @@ def test_the_export_is_a_grey_densenet_that_dapt_continues(run: Path, grey: Path
     assert model(torch.zeros(1, 1, 64, 64)).shape == (1, model.num_features)
     more = [f"backbone.weights={tmp_path / 'model'}", "objectives.text_pairs=null", "steps=1"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pretrain.report.write", lambda run: run / "report.html")
+        patch.setattr("pretrain.report.write", lambda run, *_: run / "report.html")
         assert main(command(grey, tmp_path / "dapt", *more)) == 0
     total = len(model.state_dict())
     assert f"{total} of {total} backbone tensors loaded" in capsys.readouterr().out

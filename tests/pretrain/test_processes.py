@@ -46,7 +46,7 @@ def test_two_processes_equal_one_with_the_double_batch(index: Path, weights: Pat
     done = subprocess.run(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
 
-    with mock.patch.object(report, "write", lambda run: run / "report.html"):
+    with mock.patch.object(report, "write", lambda run, *_: run / "report.html"):
         for name, arguments in recipes.items():
             assert main([*arguments, f"out={tmp_path / name}"]) == 0
             assert read_state(tmp_path / f"{name}-two")["machine"] == "2 CPU cores"  # a thread of each process
@@ -61,7 +61,7 @@ def free_port() -> str:
 
 def one_of_two(rank: int, table: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    with mock.patch.object(report, "write", lambda run: run / "report.html"):
+    with mock.patch.object(report, "write", lambda run, *_: run / "report.html"):
         for port, *arguments in json.loads(Path(table).read_text()):
             os.environ["MASTER_PORT"] = port  # a run ends with its process group
             assert main(arguments) == 0

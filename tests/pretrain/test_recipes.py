@@ -77,7 +77,7 @@ def shrunk(name: str, bert: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_starts(name: str, index: Path, bert: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pretrain.report.write", lambda run: run / "report.html")  # takes longer than the steps
+    monkeypatch.setattr("pretrain.report.write", lambda run, *_: run / "report.html")  # takes longer than the steps
     out = tmp_path / "run"
     assert main([f"recipe={name}", f"data.train={index}", f"out={out}", *shrunk(name, bert, tmp_path)]) == 0
     told = lines(out)
