@@ -14,15 +14,13 @@ Brightness, contrast, saturation, hue and grey are all affine, so one matrix hol
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hybridssl.views import ViewOptions
+from hybridssl.view_options import ViewOptions
 
 NEVER = 2.0  # a solarisation threshold that no value reaches
 SOLARIZE_AT = 128 / 255
