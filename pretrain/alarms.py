@@ -31,6 +31,12 @@ def alarms(lines: Sequence[Line]) -> list[Alarm]:
     return sorted(_found(lines), key=lambda alarm: not alarm.severe)
 
 
+def thinned(lines: list[Line], most: int = 2000) -> list[Line]:
+    """Of the older half every second line where there are more than `most`: a run of weeks logs too many to hold."""
+    half = len(lines) // 2
+    return [*lines[:half:2], *lines[half:]] if len(lines) > most else lines
+
+
 def late(lines: Sequence[Line], key: str) -> float:
     """The median of a figure's last tenth; NaN where there is none."""
     values = points(lines, key)

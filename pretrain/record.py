@@ -23,7 +23,7 @@ from hybridssl.student import Student
 from hybridssl.text import beside, class_embeddings
 from hybridssl.types import Batch
 from pretrain import meters
-from pretrain.alarms import alarms
+from pretrain.alarms import alarms, thinned
 from pretrain.data import selected
 from pretrain.journal import Journal
 from pretrain.profiling import NEEDED, Profiler
@@ -185,8 +185,11 @@ class Record:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One object to metrics.jsonl, and to the trackers."""
         if self.main:
-            self.lines.append({"step": step, **values})
-            self._keep(self.metrics, self.lines[-1])
+            line = {"step": step, **values}
+            self._keep(self.metrics, line)
+            self.lines = thinned(
+                [*self.lines, {k: v for k, v in line.items() if k == "step" or k.startswith("health/")}]
+            )
         if self.recipe.log.trackers:
             self.accelerator.log(dict(values), step=step)
 

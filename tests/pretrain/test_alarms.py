@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hybridssl import health
-from pretrain.alarms import FEWEST, alarms
+from pretrain.alarms import FEWEST, alarms, thinned
 from pretrain.best import Best
 from pretrain.journal import Journal
 from pretrain.loop import main
@@ -47,6 +47,17 @@ def test_a_healthy_run_and_a_young_one_raise_none() -> None:
 
 def test_the_worst_comes_first() -> None:
     assert [a.kind for a in alarms(logged(target_entropy=6.19, rankme=1.0))] == ["rank", "uniform"]
+
+
+def test_a_long_run_holds_few_lines_and_the_newest_all() -> None:
+    lines: list = []
+    for step in range(20_000):
+        lines = thinned([*lines, {"step": step}], most=100)
+    steps = [line["step"] for line in lines]
+    assert len(steps) <= 100
+    assert steps == sorted(steps)
+    assert steps[0] == 0
+    assert steps[-20:] == list(range(19_980, 20_000))
 
 
 def test_one_bad_line_is_no_alarm() -> None:
