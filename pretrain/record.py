@@ -187,9 +187,8 @@ class Record:
         if self.main:
             line = {"step": step, **values}
             self._keep(self.metrics, line)
-            self.lines = thinned(
-                [*self.lines, {k: v for k, v in line.items() if k == "step" or k.startswith("health/")}]
-            )
+            health = {k: v for k, v in line.items() if k == "step" or k.startswith("health/")}
+            self.lines = thinned([*self.lines, health])
         if self.recipe.log.trackers:
             self.accelerator.log(dict(values), step=step)
 
