@@ -21,8 +21,11 @@ def plant(folder, skill: float, seed: int = 0) -> None:
     guess = np.where(right, y, (y + 1) % 3)
     group = np.arange(60) // 3
     about = dict.fromkeys(NEEDED) | {"format": FORMAT, "version": 1, "protocol": "knn", "metrics": {}}
-    about |= {"backbone": {"sha256": "0"}, "data": {"sha256": "0", "labels": 1.0, "source": None}}
-    about |= {"leaks": {"groups": 0, "pretraining": 0, "images": 0}, "seeds": [0], "selected": {}, "cost": {}}
+    about |= {"backbone": {"name": "arm", "sha256": "0", "baseline": False}, "seeds": [0]}
+    sizes = {"index": "ham", "splits": {"test": 60}, "groups": {"test": 20}, "classes": {"test": {"nv": 60}}}
+    about |= {"data": {"sha256": "0", "labels": 1.0, "source": None, "synthetic": False, **sizes}}
+    about |= {"leaks": {"groups": 0, "pretraining": 0, "images": 0}, "selected": {"split": "val", "choices": [{}]}}
+    about |= {"cost": {"seconds": 1.0, "labels_used": {}}}
     for where in budget.FIGURES.values():
         (folder / where).mkdir(parents=True)
         (folder / where / "results.json").write_text(json.dumps(about))

@@ -33,15 +33,16 @@ RESULT = {
         "splits": {"train": 100, "val": 10, "test": 1990},
         "groups": {"train": 90, "val": 9, "test": 1495},
         "group_column": "group",
+        "classes": {"test": {"mel": 1990}},
     },
     "metrics": {
         "accuracy": {"value": 0.7, "low": 0.65, "high": 0.75},
         "balanced_accuracy": {"value": 0.41234, "low": 0.377, "high": 0.455},
         "recall mel": {"value": None, "low": None, "high": None},
     },
-    "selected": {"split": "val", "by": "balanced_accuracy"},
+    "selected": {"split": "val", "by": "balanced_accuracy", "choices": [{}]},
     "seeds": [0],
-    "cost": {},
+    "cost": {"seconds": 1.0, "labels_used": {}},
     "leaks": {"pretraining": 0, "groups": 0, "images": 0, "allowed": False},
 }
 

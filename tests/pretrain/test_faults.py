@@ -111,7 +111,8 @@ def test_a_worker_that_dies_is_told_with_the_sample_it_was_at(tiny: list[str], t
     out = tmp_path / "run"
     process = launch([*tiny, f"out={out}", "steps=5000", "save.every=2", "data.workers=1"])
     when((out / "checkpoints" / "latest").is_file, process)
-    worker = psutil.Process(process.pid).children()[-1]
+    children = psutil.Process(process.pid).children()
+    (worker,) = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
     worker.kill()
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 2

@@ -132,7 +132,7 @@ def test_what_does_not_fit_together_is_set_aside_with_the_reason(tmp_path: Path)
         in (reasons["unequal/1.png"])
     )
     assert "16 x 12, 16 bits; 16 x 12, 8 bits" in reasons["depths/1.png"]
-    assert reasons["cut/1.png"].startswith("slice 2 of 2 (2.png): damaged image")
+    assert reasons["cut/1.png"].startswith("slice 2 of 2 (2.png): 40 bytes that are no JPEG, PNG")
 
 
 def test_slices_of_two_patients_are_no_image_and_nobody_is_named(tmp_path: Path) -> None:
