@@ -242,6 +242,7 @@ def _show(about: dict[str, Any], compared: list[Comparison], path: Path) -> None
     for c in compared:
         table.add_row(c.a, c.b, c.difference.signed(), f"{c.p_holm:.2g}", c.verdict)
     console.print(table)
+    console.print(about["detail"]["said"][0], soft_wrap=True)  # whole, where names in the table are cut
     for note in about["notes"]:
         console.print(f"note: {note}")
     console.print(f"written: {path} and report.html beside it", soft_wrap=True)
