@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import active_children
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from hybridssl import views
 from hybridssl.backbone import Backbone
 from hybridssl.types import Batch, Column
 from hybridssl.views import Item, ViewOptions
+from pretrain.batches import Watched
 from pretrain.columns import columns, encode
 from pretrain.recipe import Recipe
 from pretrain.stop import SIGNALS
 from shards.errors import DataError
 from shards.format import Sample, decode
 from shards.index import Index
-from shards.stream import Order, Positions, SampleDataset
+from shards.stream import Order, Positions
 
 
 @dataclass(frozen=True)
@@ -101,67 +98,6 @@ def loader(recipe: Recipe, index: Index, clean: bool, patch: int, start: int, ra
         prefetch_factor=4 if workers else None,
         worker_init_fn=_leave_signals_to_the_main_process,
     )
-
-
-class Batches:
-    """The stream as the loop takes it: micro-batches of this rank, to be begun at any global position.
-
-    As a context it turns the death of a loader's worker, which torch tells of at any moment, into an error that names
-    the sample at which it was.
-    """
-
-    def __init__(self, begin: Callable[[int], DataLoader], index: Index) -> None:
-        """begin: a loader from a position on."""
-        self._loader, self.index = begin, index
-        self._dataset: Watched | None = None
-        self._next: Iterator[Batch] = iter(())
-
-    def begin(self, position: int) -> None:
-        """The next batch is that of global `position`."""
-        self._next = iter(())  # the workers end with their iterator
-        loader = self._loader(position)
-        self._dataset, self._next = loader.dataset, iter(loader)  # type: ignore[assignment]
-
-    def __next__(self) -> Batch:
-        return next(self._next)
-
-    def __enter__(self) -> Batches:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
-        text = str(error)
-        dead = [int(number) for number in re.findall(r"\d+", text.partition("(pid")[2].partition(")")[0])]
-        told = self.whereabouts(dead)
-        self._next = iter(())
-        for worker in active_children():  # one that hangs would hold the exit of this process
-            if self._dataset is not None and worker.pid in self._dataset.at[:, 0]:
-                worker.kill()
-        if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-            raise DataError(
-                f"a worker of the loader died: {text.strip()} {told}Out of memory? Take fewer data.workers, or smaller "
-                "images (`python -m shards build --short-side`). The same command goes on from the newest checkpoint"
-            ) from None
-
-    def whereabouts(self, pids: Collection[int] = ()) -> str:
-        """What the workers (of `pids`, or all of them) read last: a sentence, or nothing."""
-        found = []
-        for pid, position in self._dataset.at.tolist() if self._dataset is not None else ():
-            if position >= 0 and (pid in pids or not pids):
-                number = self._dataset.order(position)[1]  # type: ignore[union-attr]
-                found.append(f"{self.index.key(number)} of {self.index.shard_of(number)[0]}")
-        return f"The loader was at {', '.join(found)}. " if found else ""
-
-
-class Watched(SampleDataset):
-    """Tells, to the process that started the worker, which position it is at."""
-
-    at: torch.Tensor  # int64 [workers, 2], shared: process, position
-
-    def __getitem__(self, position: int) -> tuple[Any, list[dict[str, str]]]:
-        here = get_worker_info()
-        if here:
-            self.at[here.id, 0], self.at[here.id, 1] = os.getpid(), position
-        return super().__getitem__(position)
 
 
 def label_counts(recipe: Recipe, index: Index) -> np.ndarray:

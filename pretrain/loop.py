@@ -32,6 +32,7 @@ from hybridssl.views import render
 from pretrain import command, data, fit, garbage, record, usage
 from pretrain import recipe as recipes
 from pretrain.assemble import build_student
+from pretrain.batches import Batches
 from pretrain.best import Best
 from pretrain.guard import Diverged, Guard, Unchanged
 from pretrain.keeper import Keeper
@@ -84,7 +85,7 @@ def train(recipe: Recipe) -> int:
     # The data: an endless stream of micro-batches, whose order is a function of the seed and the position.
     patch, clean = learner.backbone.patch_size, "clean" in learner.views
     accumulate = recipe.batch.size // (micro * world)
-    stream = data.Batches(lambda start: data.loader(recipe, index, clean, patch, start, rank, world), index)
+    stream = Batches(lambda start: data.loader(recipe, index, clean, patch, start, rank, world), index)
     stream.begin(position)
 
     # What watches, tells and keeps.
