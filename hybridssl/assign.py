@@ -18,12 +18,15 @@ COLUMNS = {"cpu": 2048, "cuda": 16384}
 
 
 @torch.no_grad()
-def sinkhorn(z: Tensor, weight: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn(
+    z: Tensor, weight: Tensor, temperature: float, iterations: int = 3, counted: Tensor | None = None
+) -> Tensor:
     """Log of the scaling [K] that makes exp(z . w / temperature), its rows summing to one, about equal over prototypes.
 
     Sinkhorn-Knopp, as in SwAV (arXiv 2006.09882, section 3.1) and DINOv2: columns (prototypes) first, rows (samples)
     last. z [N, d] and weight [K, d] have unit rows, so a score never exceeds 1 / temperature, which is taken off before
-    the exponential. N may differ between processes and may be 0 on some.
+    the exponential. N may differ between processes and may be 0 on some. counted: bool [N], the rows that take part;
+    None: all of them.
 
     Only the two scalings are kept. One pass over the scores, prototype by prototype, is one iteration: the scaling of
     a column needs the rows' as they were, and the rows' next sums need nothing but that column.
@@ -37,8 +40,9 @@ def sinkhorn(z: Tensor, weight: Tensor, temperature: float, iterations: int = 3)
         return product(z, weight[part].T, low).sub_(1 / temperature).exp_()  # [N, columns]
 
     tiny = torch.finfo(z.dtype).tiny  # an entry may underflow to zero; a whole row or column of them must not be NaN
-    mass = all_reduce_sum(z.new_full((), float(len(z)))) / len(weight)  # of a column, when each row has 1
-    row, column = z.new_ones(len(z)), z.new_empty(len(weight))
+    share = z.new_ones(len(z)) if counted is None else counted.to(z.dtype)  # what a row sums to
+    mass = all_reduce_sum(share.sum()) / len(weight)  # of a column
+    row, column = share, z.new_empty(len(weight))
     with torch.autocast(z.device.type, enabled=False):
         fits = len(z) * len(weight) <= 4 * chunk(z.device)  # few enough to be computed once and kept
         kept = exponentials(slice(None)) if fits else None
@@ -48,7 +52,7 @@ def sinkhorn(z: Tensor, weight: Tensor, temperature: float, iterations: int = 3)
                 e = kept[:, part] if kept is not None else exponentials(part)
                 column[part] = mass / all_reduce_sum(row @ e).clamp_min(tiny)
                 sums += e @ column[part]
-            row = 1 / sums.clamp_min(tiny)
+            row = share / sums.clamp_min(tiny)
     return column.log()
 
 

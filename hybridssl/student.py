@@ -40,7 +40,7 @@ class Student(nn.Module):
         self, views: Views, targets: dict[str, Any], batch: Batch, progress: float, watch: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The unweighted losses of a micro-batch, `objective` or `objective/part`; to `watch`, signs of health too."""
-        tokens = self.look(views, batch.masks.flatten(0, 1))
+        tokens = self.look(views, batch.masks.flatten(0, 1), batch.unmasked)
         losses, health = {}, {}
         for name, objective in self.each().items():
             for part, loss in objective(tokens, targets[name], batch, progress).items():
@@ -54,15 +54,16 @@ class Student(nn.Module):
             health["health/rankme"] = rankme(features.detach().float())
         return losses, health
 
-    def look(self, views: Views, masks: Tensor | None = None) -> ViewTokens:
-        """Tokens of the views that the objectives use. masks: bool [2B, P], patches of the global views to hide.
+    def look(self, views: Views, masks: Tensor | None = None, unmasked: int | None = None) -> ViewTokens:
+        """Tokens of the views that the objectives use. masks: bool [2B, P], patches of the global views to hide;
+        unmasked: see `Batch.unmasked`.
 
         Global and clean views have one size and lie together; views that nobody uses cost nothing and have 0 rows.
         """
         hiding = masks if self.masked else None  # nobody asks for hidden patches: nothing is hidden
         crops: dict[str, Crops] = {}
         if "visible" in self.views and masks is not None:
-            crops["visible"] = Crops(views.global_, masks, left_out=True)
+            crops["visible"] = Crops(views.global_, masks, left_out=True, unmasked=unmasked)
         whole = {"global": views.global_, "clean": views.clean}
         shown = {name: images for name, images in whole.items() if name in self.views and images is not None}
         if shown:

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from hybridssl import lora
 from hybridssl.encoder import load_encoder, pooled, pooling_of, tokenise
 from hybridssl.errors import UserError
+from hybridssl.types import sent
 
 How = Literal["frozen", "lora", "trained"]
 RANK = 16
@@ -51,6 +52,8 @@ class TextTower:
         for half in ("vision_model", "visual_projection"):  # of CLIP and its kin
             if hasattr(model, half):
                 setattr(model, half, None)
+        if model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(_attention())
         self.tokenizer, self.most, self.pooling = tokenizer, most, pooling_of(pooling, declared)
         self.model = _Pooled(model, self.pooling).eval().requires_grad_(False)
         self.device = torch.device("cpu")
@@ -76,7 +79,7 @@ class TextTower:
         if device != self.device:
             self.model, self.device = self.model.to(device), device
         tokens = tokenise(self.tokenizer, self.model.inner, sentences, self.most)
-        return functional_call(self.model, dict(moving), ({k: v.to(device) for k, v in tokens.items()},))
+        return functional_call(self.model, dict(moving), ({k: sent(v, device) for k, v in tokens.items()},))
 
     def _reached(self) -> dict[str, Tensor]:
         """Start values of the parameters that ask for a gradient and get one; DDP would wait for those that do not,
@@ -85,6 +88,23 @@ class TextTower:
         found = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.grad is not None}
         self.model.requires_grad_(False).zero_grad(set_to_none=True)
         return found
+
+
+def _attention() -> str:
+    """The name of transformers' own SDPA attention with the one difference that it always takes a mask.
+
+    By default transformers leaves the mask out where no token is padding, and asks the device for that in each pass.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def mask(*args: Any, **given: Any) -> Tensor | None:
+        return sdpa_mask(*args, **{**given, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+    AttentionInterface.register("sdpa_masked", sdpa_attention_forward)
+    AttentionMaskInterface.register("sdpa_masked", mask)
+    return "sdpa_masked"
 
 
 class _Pooled(nn.Module):

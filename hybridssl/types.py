@@ -77,6 +77,7 @@ class Batch:
     )
     clean_of: Tensor | None = None  # int64 [B']: the image that each clean view is of; None: one of each, in order
     places: Tensor | None = None  # int64 [M]: see `hidden`
+    unmasked: int | None = None  # V: patches that each global view shows, where all show as many and the host knows it
     meta: Tensor | None = None  # float32 [B, M]: one value a `Column`, NaN where it is missing
     text: list[str] = field(default_factory=list)  # a report or "" per image
     keys: list[str] = field(default_factory=list)
@@ -91,12 +92,25 @@ class Batch:
         return self.masks.flatten().nonzero()[:, 0] if self.places is None else self.places
 
     def to(self, device: torch.device | str) -> Batch:
-        """All but `colour` on `device`. The host waits for neither this nor, later, the places that are hidden."""
-        self = replace(self, places=self.hidden)
+        """All but `colour` on `device`. The host waits for neither this nor, later, what it must know of the masks."""
+        self = self._counted()
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "colour"}
         moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:  # the DataLoader calls it by this name
+        self = self._counted()  # first, so that this is pinned too
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.pin_memory() for k, v in pinned.items() if isinstance(v, Tensor)})
+
+    def _counted(self) -> Batch:
+        """With `places` and `unmasked`, while the masks are still on the host."""
+        if self.places is not None:
+            return self
+        counts = (~self.masks).sum(dim=-1).unique().tolist()
+        return replace(self, places=self.hidden, unmasked=counts[0] if len(counts) == 1 else None)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`, without the host waiting until the device is done with all it was told."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

@@ -46,6 +46,7 @@ class Crops:
     images: Tensor  # float [N, C, H, W], normalised, H and W multiples of the patch size
     hidden: Tensor | None = None  # bool [N, P]: patches that it does not see
     left_out: bool = False  # hidden patches are left out (MAE), not replaced by the mask token
+    unmasked: int | None = None  # patches that each image shows, where the host knows it; else it looks, and waits
 
 
 class Backbone(nn.Module):
@@ -132,7 +133,7 @@ class Backbone(nn.Module):
     def _hiding(self, crops: Crops) -> Iterator[None]:
         """What is embedded in here is embedded without the patches that `crops` hides."""
         if crops.left_out and crops.hidden is not None:
-            self._seen = self._others(crops.hidden)
+            self._seen = self._others(crops.hidden, crops.unmasked)
         else:
             self._mask = crops.hidden
         try:
@@ -140,12 +141,17 @@ class Backbone(nn.Module):
         finally:
             self._mask = self._seen = None
 
-    def _others(self, mask: Tensor) -> Tensor:
+    def _others(self, mask: Tensor, unmasked: int | None) -> Tensor:
         """bool [N, P] -> the places [N, V] of the patches that are not hidden."""
         if not self._droppable:
             raise UserError(f"{type(self.model).__name__} cannot leave out patches: use objectives.pixels.style=simmim")
-        seen = ~mask
-        counts = seen.sum(dim=1)
-        if (counts != counts[0]).any():
-            raise UserError(UNEQUAL)
-        return seen.nonzero()[:, 1].view(len(mask), int(counts[0]))
+        unmasked = _unmasked(mask) if unmasked is None else unmasked
+        return mask.byte().argsort(dim=1, stable=True)[:, :unmasked]
+
+
+def _unmasked(mask: Tensor) -> int:
+    """How many patches each image shows. Raises UserError when they do not show as many."""
+    counts = (~mask).sum(dim=1).unique().tolist()
+    if len(counts) > 1:
+        raise UserError(UNEQUAL)
+    return counts[0]

@@ -83,7 +83,7 @@ class Guard:
     def _bound(self) -> Tensor:
         """Of the logarithm of a norm; infinite while too few are known."""
         if not self.options.spike:
-            return self.norms.new_tensor(math.inf)
+            return self.norms.new_full((), math.inf)  # not new_tensor, for which the host would wait
         median = self.norms.nanmedian(dim=0).values
         deviation = 1.4826 * (self.norms - median).abs().nanmedian(dim=0).values
         enough = (~self.norms.isnan()).sum() >= ENOUGH

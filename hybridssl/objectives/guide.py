@@ -62,6 +62,7 @@ class Guide(Objective):
     """
 
     options: Options
+    sign: Tensor  # [M]: 1 for what is kept, minus `removal` for what is removed
     taught = True
     expects = (
         "What is kept falls. What is removed falls while the head learns, then climbs back to the level of guessing: "
@@ -79,8 +80,9 @@ class Guide(Objective):
             )
         self.names = list(options.columns)
         self.place = [place[name] for name in self.names]
-        self.removed = [role.startswith("remove") for role in options.columns.values()]
         roles = options.columns.values()
+        sign = torch.tensor([-options.removal if role.startswith("remove") else 1.0 for role in roles])
+        self.register_buffer("sign", sign, persistent=False)
         self.heads = nn.ModuleList(
             _head(role, context.columns[at], context.dim) for role, at in zip(roles, self.place, strict=True)
         )
@@ -91,8 +93,7 @@ class Guide(Objective):
         counts = all_reduce_sum((~values.isnan()).sum(dim=0)).clamp_min(1)
         centres = [head.follow(cls, v) if isinstance(head, Centres) else None for head, v in self._each(values)]
         norms = all_reduce_sum(self._squares(cls, values, counts, centres)).sqrt()
-        sign = torch.tensor([-self.options.removal if r else 1.0 for r in self.removed], device=norms.device)
-        target = Target(len(batches) * world_size() / counts, sign * equalised(norms), centres)
+        target = Target(len(batches) * world_size() / counts, self.sign * equalised(norms), centres)
         return [target] * len(batches)
 
     def forward(self, student: ViewTokens, target: Target, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -106,7 +107,8 @@ class Guide(Objective):
     def _values(self, batch: Batch) -> Tensor:
         if batch.meta is None:
             raise UserError("objectives.guide: the loader yields no columns")
-        return batch.meta[:, self.place]
+        columns = batch.meta.unbind(dim=1)
+        return torch.stack([columns[at] for at in self.place], dim=1)
 
     def _each(self, values: Tensor) -> zip[tuple[Any, Tensor]]:
         return zip(self.heads, values.unbind(dim=1), strict=True)
@@ -173,7 +175,7 @@ class Centres(nn.Module):
     @torch.no_grad()
     def follow(self, cls: Tensor, value: Tensor) -> Tensor:
         """Take in the teacher's cls [2, N, D] with value [N], of all processes; -> the centres [C, D] as they are."""
-        one_hot = F.one_hot(value.nan_to_num(0).long(), len(self.centres)) * ~value.isnan()[:, None]
+        one_hot = value[:, None] == torch.arange(len(self.centres), device=value.device)  # of a missing value: nothing
         unit = F.normalize(cls, dim=-1).mean(dim=0)
         sums, counts = all_reduce_sum(linear32(one_hot.T.to(unit), unit.T)), all_reduce_sum(one_hot.sum(dim=0))[:, None]
         mean = sums / counts.clamp_min(1)

@@ -63,16 +63,21 @@ class Swav(Objective):
         whole = torch.cat(z, dim=1)  # [2, n, bottleneck]
         weight, epsilon = self.head.weight, self.options.epsilon
         seen = [self._with_queue(rows, queue) for rows, queue in zip(whole, self.queue, strict=True)]
-        bias = torch.stack([sinkhorn(rows, weight, epsilon) for rows in seen])
+        bias = torch.stack([sinkhorn(rows, weight, epsilon, counted=counted) for rows, counted in seen])
         if self.options.queue:
             newest = all_gather(whole.transpose(0, 1)).transpose(0, 1).to(self.queue.dtype)
             self.queue.copy_(torch.cat([newest, self.queue], dim=1)[:, : self.options.queue])
         return Targets(whole, weight, epsilon, bias).split([part.shape[1] for part in z])
 
-    def _with_queue(self, z: Tensor, queue: Tensor) -> Tensor:
-        """What is balanced: z, and once the queue is full this process' share of its rows."""
-        full = bool(queue[-1:].any())
-        return torch.cat([z, queue[rank() :: world_size()].to(z.dtype)]) if full else z
+    def _with_queue(self, z: Tensor, queue: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z and this process' share of the queue's rows, and which of them are balanced: the queue's once it is full.
+
+        They are there before, too: only the device knows when it is full, and is not asked.
+        """
+        if not len(queue):
+            return z, None
+        full, mine = queue[-1].any(), queue[rank() :: world_size()].to(z.dtype)
+        return torch.cat([z, mine]), torch.cat([z.new_ones(len(z), dtype=torch.bool), full.expand(len(mine))])
 
     def forward(self, student: ViewTokens, target: Targets, batch: Batch, progress: float) -> dict[str, Tensor]:
         crops = [student.global_.cls] + ([student.local.cls] if student.local is not None else [])

@@ -17,7 +17,7 @@ from hybridssl.errors import UserError
 from hybridssl.heads import fp32, linear32
 from hybridssl.objectives import Context, Objective, ObjectiveOptions
 from hybridssl.tower import Moving, TextTower
-from hybridssl.types import Batch, ViewTokens
+from hybridssl.types import Batch, ViewTokens, sent
 
 SCALE = {"clip": 1 / 0.07, "siglip": 10.0}  # first factor of the cosines (2103.00020, section 2.5; 2303.15343, 3.2)
 LARGEST = 100.0  # and the largest (2103.00020, section 2.5)
@@ -34,15 +34,18 @@ class Options(ObjectiveOptions):
 
 
 class Target(NamedTuple):
-    """Of a micro-batch with r reports, in a step with R reports over all micro-batches and processes."""
+    """Of a micro-batch with r reports, in a step of N images over all micro-batches and processes.
+
+    What is compared with has a row for each of the N images: how many of them have a report the device alone knows.
+    """
 
     rows: Tensor  # int64 [r]: the images that have a report
-    place: Tensor  # int64 [r]: where they stand among the R
-    images: Tensor  # [2, R, width]: what the teacher says of both global views, unit norm
-    texts: Tensor  # [R, width]: and of the reports
-    report: Tensor  # int64 [R]: reports with one number are one text
+    place: Tensor  # int64 [r]: where they stand among the N
+    images: Tensor  # [2, N, width]: what the teacher says of both global views, unit norm
+    texts: Tensor  # [N, width]: and of the reports; zero where there is none
+    report: Tensor  # int64 [N]: reports with one number are one text; 0: none
     features: Tensor | None  # [r, Dt]: this micro-batch's reports in a tower that rests
-    scale: Tensor  # scalar: micro-batches x processes / R
+    scale: Tensor  # scalar: micro-batches x processes / reports of the step
 
 
 class TextPairs(Objective):
@@ -89,25 +92,22 @@ class TextPairs(Objective):
     @torch.no_grad()
     def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Target]:
         reports = [_reports(batch) for batch in batches]
-        numbers = torch.tensor([_number(r) for some in reports for r in some], device=self.log_scale.device)  # [n]
-        features = self._features([r for some in reports for r in some if r])
-        texts = features.new_zeros(len(numbers), self.options.width)
-        texts[numbers != 0] = self._texts(features)
+        device, said = self.log_scale.device, [r for some in reports for r in some]
+        features = self._features([r for r in said if r])
+        there = sent(torch.tensor(_told(said), dtype=torch.int64), device)
+        texts = features.new_zeros(len(said), self.options.width).index_copy(0, there, self._texts(features))
         images = torch.cat([self._images(tokens) for tokens in teacher], dim=1)  # [2, n, width]
 
-        of_all = all_gather(numbers)
-        there = of_all != 0
-        images = all_gather(images.transpose(0, 1))[there].transpose(0, 1)
-        texts, report = all_gather(texts)[there], of_all[there]
-        place = (there.cumsum(0) - 1).unflatten(0, (world_size(), -1))[rank()]  # [n]
-        scale = len(batches) * world_size() / there.sum().clamp_min(1)
+        report = all_gather(sent(torch.tensor([_number(r) for r in said]), device))
+        images, texts = all_gather(images.transpose(0, 1)).transpose(0, 1), all_gather(texts)
+        scale = len(batches) * world_size() / (report != 0).sum().clamp_min(1)
 
-        sizes, own = [len(some) for some in reports], features.split([sum(map(bool, some)) for some in reports])
-        out = []
-        for mine, at, f in zip(numbers.split(sizes), place.split(sizes), own, strict=True):
-            rows = (mine != 0).nonzero()[:, 0]
+        out, start, own = [], rank() * len(said), features.split([len(_told(some)) for some in reports])
+        for mine, f in zip(reports, own, strict=True):
+            rows = sent(torch.tensor(_told(mine), dtype=torch.int64), device)
             kept = f if self.options.tower == "frozen" else None
-            out.append(Target(rows, at[rows], images, texts, report, kept, scale))
+            out.append(Target(rows, rows + start, images, texts, report, kept, scale))
+            start += len(mine)
         return out
 
     def forward(self, student: ViewTokens, target: Target, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -122,15 +122,16 @@ class TextPairs(Objective):
         return {"text_pairs": torch.stack(losses).mean(dim=0).sum() / 2 * target.scale}
 
     def _rows(self, mine: Tensor, others: Tensor, target: Target) -> Tensor:
-        """mine [r, width] against others [R, width] -> loss [r]."""
-        scores = self.log_scale.exp() * linear32(mine, others)  # [r, R]
+        """mine [r, width] against others [N, width] -> loss [r]."""
+        scores = self.log_scale.exp() * linear32(mine, others)  # [r, N]
         own = target.place[:, None] == torch.arange(len(others), device=scores.device)
         repeats = (target.report[target.place][:, None] == target.report) & ~own
+        apart = repeats | (target.report == 0)  # neither the own one nor a negative
         if self.options.loss == "clip":
-            return -F.log_softmax(scores.masked_fill(repeats, -torch.inf), dim=1)[own]
+            return F.cross_entropy(scores.masked_fill(apart, -torch.inf), target.place, reduction="none")
         assert self.bias is not None
         signed = torch.where(own, 1, -1) * (scores + self.bias)
-        return -F.logsigmoid(signed).masked_fill(repeats, 0).sum(dim=1)
+        return -F.logsigmoid(signed).masked_fill(apart, 0).sum(dim=1)
 
     def _images(self, tokens: ViewTokens) -> Tensor:
         """Both global views as unit vectors, [2, B, width]."""
@@ -146,11 +147,13 @@ class TextPairs(Objective):
         if not reports:  # on the graph of all that moves, so that no process waits for a gradient
             return self.log_scale.new_zeros(0, self.tower.width) + sum(p.sum() * 0 for p in moving.values())
         numbers = {report: i for i, report in enumerate(dict.fromkeys(reports))}
-        return fp32(self.tower(list(numbers), moving, device))[[numbers[report] for report in reports]]
+        rows = sent(torch.tensor([numbers[report] for report in reports]), device)
+        return fp32(self.tower(list(numbers), moving, device))[rows]
 
     @torch.no_grad()
     def health(self, student: ViewTokens, target: Target, batch: Batch) -> dict[str, Tensor]:
-        nearest = linear32(self._images(student)[0, target.rows], target.texts)  # [r, R]
+        nearest = linear32(self._images(student)[0, target.rows], target.texts)  # [r, N]
+        nearest = nearest.masked_fill(target.report == 0, -torch.inf)
         share = target.rows.new_tensor(len(target.rows) / len(batch), dtype=torch.float32)
         if not len(target.rows):
             return {"reports_found": share, "with_report": share}
@@ -161,6 +164,11 @@ class TextPairs(Objective):
 def _reports(batch: Batch) -> list[str]:
     """A report an image, its spaces made one each; "" where there is none."""
     return [" ".join(text.split()) for text in batch.text] or [""] * len(batch)
+
+
+def _told(reports: Sequence[str]) -> list[int]:
+    """The images that have one."""
+    return [i for i, report in enumerate(reports) if report]
 
 
 def _number(report: str) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridssl.objectives import Context, build
-from hybridssl.types import Batch, Column, Tokens, Views, ViewTokens
+from hybridssl.types import Batch, Column, Tokens, Views, ViewTokens, sent
 
 DIM, PATCHES, CLASSES = 12, 9, 5
 NAMED = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()  # source 2 can name nothing
@@ -64,7 +64,8 @@ class ToyTower:
         self.start = {} if how == "frozen" else {"table": self.table}
 
     def __call__(self, sentences: list[str], moving: dict[str, Tensor], device: torch.device) -> Tensor:
-        return moving.get("table", self.table)[[len(s) for s in sentences]]
+        lengths = sent(torch.tensor([len(s) for s in sentences]), device)
+        return moving.get("table", sent(self.table, device))[lengths]
 
 
 def batch(images: int, seed: int = 0, masked: float = 0.5, labelled: float = 0.7) -> Batch:

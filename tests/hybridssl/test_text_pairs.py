@@ -172,8 +172,7 @@ def test_health_tells_how_many_reports_are_found(toys) -> None:
     (target,) = copy.deepcopy(made).targets([views], [batch], 0.5)
     right = replace(views, global_=replace(views.global_, cls=views.global_.cls.detach()))
     with torch.no_grad():  # image features whose projections are those of their reports, but for image 0
-        wanted = torch.zeros(6, 8)
-        wanted[target.rows] = target.texts
+        wanted = target.texts.clone()
         wanted[0] = -wanted[0]
         right.global_.cls[:6] = wanted @ torch.linalg.pinv(made.project_image.weight).T
     found = made.health(right, target, batch)
