@@ -11,10 +11,13 @@ An arm is a backbone pretrained with one set of objectives on the train split, o
 - PAD-UFES-20 test, a hospital that no arm has seen: the same three;
 - HAM10000 test: IoU of a linear head on the patches against the lesion masks.
 
-Their mean is the composite. Differences between arms are paired over lesions and patients, p-values adjusted for their
-number (Holm). With two seeds or more, the noise threshold is twice the standard deviation of the composite between
-seeds: a smaller difference is not shown. Everything is cached, so an interrupted benchmark goes on where it was; arms
-that were never run are not in the results. Data and work folder: benchmarks/sets.py. Results:
+Their mean is the composite. Beside it stand the seconds and the images of each arm's training, for arms that show as
+many images in less time (`ssl-curriculum`); only arms that had the machine for themselves can be compared so.
+Differences between arms are paired over lesions and patients, p-values adjusted for their number (Holm). With two seeds
+or more, the noise threshold is twice the standard deviation of the composite between seeds: a smaller difference is not
+shown. Everything is cached, so an interrupted benchmark goes on where it was; arms that were never run are not in the
+results.
+Data and work folder: benchmarks/sets.py. Results:
 benchmarks/results/budget-SIZE.json (budget-SIZE-labels-F.json for another share of the labels).
 """
 
@@ -34,6 +37,7 @@ from benchmarks.common import machine, write_results
 from finetune.metrics import balanced_accuracy
 from finetune.resample import Draws, holm, resample
 from finetune.results import Result, read
+from pretrain.journal import Journal
 
 Array = np.ndarray
 PROBE_LABELS = 0.1  # of the 10 %-label figures, whatever --labels is
@@ -49,12 +53,14 @@ SIZES = {
     "gpu": GPU.split(),
 }
 
+SSL = "objectives.labels=null stream.labelled_fraction=0"
 FREED = "objectives.labels.init=text objectives.labels.unfreeze_at=0.1"
 FROZEN = "objectives.labels.init=text objectives.labels.unfreeze_at=1"
 ARMS = {
     "labels": "objectives.dino=null objectives.ibot=null objectives.spread=null views.local_count=0"
     " stream.labelled_fraction=1",
-    "ssl": "objectives.labels=null stream.labelled_fraction=0",
+    "ssl": SSL,
+    "ssl-curriculum": f"{SSL} views.curriculum=0.75",
     "hybrid-text": FREED,
     "hybrid-random": "objectives.labels.init=random",
     "hybrid-text-frozen": FROZEN,
@@ -103,9 +109,12 @@ def main() -> None:
             spec = f"random:{some_run(base)}" if arm == "random" else str(run)
             judge(spec, seed if arm == "random" else 0, base / "results" / f"{arm}-{seed}", work)
     found = collect(base / "results")
+    trained = training(base / "runs", found)
     name = f"budget-{args.size}" + ("" if args.labels == 0.1 else f"-labels-{args.labels:g}")
     command = f"python -m benchmarks.budget --size {args.size} --labels {args.labels:g}"
-    write_results(f"{name}.json", {**machine(), "command": command, "labels": args.labels, **table(found)})
+    write_results(
+        f"{name}.json", {**machine(), "command": command, "labels": args.labels, "training": trained, **table(found)}
+    )
 
 
 def words(work: Path, arm: str) -> list[str]:
@@ -164,6 +173,17 @@ def collect(folder: Path) -> dict[str, dict[int, dict[str, Result]]]:
                 seed = int(path.name.removeprefix(f"{arm}-"))
                 found.setdefault(arm, {})[seed] = {name: read(file) for name, file in files.items()}
     return found
+
+
+def training(runs: Path, found: Mapping[str, Mapping[int, object]]) -> dict[str, dict[str, dict[str, float]]]:
+    """arm -> seed -> seconds and images of its pretraining, by its own log; random weights have none."""
+    trained: dict[str, dict[str, dict[str, float]]] = {}
+    for arm, seeds in found.items():
+        for seed in seeds if arm != "random" else ():
+            lines = Journal(runs / f"{arm}-{seed}" / "metrics.jsonl").lines()
+            last = max((line for line in lines if "seconds" in line), key=lambda line: line["step"])
+            trained.setdefault(arm, {})[str(seed)] = {key: last[key] for key in ("seconds", "images")}
+    return trained
 
 
 def table(found: Mapping[str, Mapping[int, Mapping[str, Result]]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 **Batch norm.** The student normalises by the statistics of the crops in hand; the teacher, the probe and the exported
 model by running ones. So
 
-- running statistics come from full-size views alone: local crops have other ones, and evaluation never sees them;
+- running statistics come from the largest crops of a pass alone: evaluation never sees local ones, which have others;
 - the teacher's follow the student's like its weights (`follow_statistics`), for they belong to these weights;
 - several GPUs share their batch statistics (`synchronised`); several CPU processes cannot, and share running ones only;
 - statistics are those of a micro-batch: here, unlike elsewhere, `batch.micro` changes results: keep it at 32 or more.
@@ -19,7 +19,7 @@ import timm
 import torch
 from timm.layers import convert_sync_batchnorm  # torch's own loses the activation inside timm's BatchNormAct2d
 from timm.models import get_pretrained_cfg
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hybridssl.dist import all_reduce_sum, world_size
@@ -43,7 +43,7 @@ class ConvBackbone(Backbone):
 
     maskable = False
 
-    def __init__(self, model: nn.Module, channels: int, image_size: int) -> None:
+    def __init__(self, model: nn.Module, channels: int) -> None:
         nn.Module.__init__(self)
         with torch.no_grad():
             cells = model.eval().forward_features(torch.zeros(1, channels, SIDE, SIDE))  # type: ignore[operator]
@@ -56,19 +56,20 @@ class ConvBackbone(Backbone):
         self.model = model.train()
         self.dim, self.patch_size, self.prefix = pooled.shape[-1], SIDE // cells.shape[-1], 1
         self.mask_token = None
-        self.image_size = image_size
 
-    def _pass(self, crops: Sequence[Crops]) -> list[Tokens]:
+    def see(self, crops: Sequence[Crops]) -> list[Tokens]:
         """Raises ValueError for a mask."""
-        (one,) = crops
-        if one.hidden is not None:
+        if any(one.hidden is not None for one in crops):
             raise ValueError("a convolutional network cannot hide patches")
-        images = one.images
-        with _running_statistics(self.model, images.shape[-1] >= self.image_size):
+        largest = max(one.images.shape[-1] for one in crops)
+        return [self._look(one.images, one.images.shape[-1] == largest) for one in crops]
+
+    def _look(self, images: Tensor, full_size: bool) -> Tokens:
+        with _running_statistics(self.model, full_size):
             cells = self.model.forward_features(images)  # type: ignore[operator]  # [N, D, h, w]
             cls = self.model.forward_head(cells, pre_logits=True)  # type: ignore[operator]
         patches = cells.flatten(2).transpose(1, 2)
-        return [Tokens(cls, patches[:, :0], patches)]
+        return Tokens(cls, patches[:, :0], patches)
 
 
 def is_convolutional(name: str) -> bool:
@@ -87,7 +88,7 @@ def build(options: BackboneOptions, channels: int, image_size: int) -> ConvBackb
         args["drop_path_rate"] = options.drop_path
     try:
         model = timm.create_model(options.name, pretrained=False, num_classes=0, in_chans=channels, **args)
-        backbone = ConvBackbone(model, channels, image_size)
+        backbone = ConvBackbone(model, channels)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise UserError(f"timm cannot build {options.name} with {args}: {error}") from error
     if image_size % backbone.patch_size:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybridssl.errors import UserError
 from hybridssl.masks import Shape
@@ -16,6 +16,8 @@ class ViewOptions:
     global_size: int = 224  # pixels; a multiple of the patch
     local_size: int = 96  # pixels; a multiple of the patch
     local_count: int = 8  # 0: global views only
+    # share of the run, from its start, in which all crops have half their size (FastDINOv2, 2507.03779: 0.75); 0: none
+    curriculum: float = 0.0
     global_scale: tuple[float, float] = (0.32, 1.0)  # share of the image's area
     local_scale: tuple[float, float] = (0.05, 0.32)  # the same of local views
     clean_scale: tuple[float, float] = (0.8, 1.0)  # share of the centred square that evaluation sees
@@ -45,6 +47,7 @@ class ViewOptions:
         for name in ("global_size", "local_size"):
             need(name, getattr(self, name) >= 1, "use a size in pixels")
         need("local_count", self.local_count >= 0, "use 0 or more")
+        need("curriculum", 0 <= self.curriculum < 1, "use a share of the run below 1, so that it ends at full size")
         for name in ("hflip", "vflip", "jitter", "grayscale", "solarize", "mask_probability"):
             need(name, 0 <= getattr(self, name) <= 1, "use a probability, 0 to 1")
         for name in ("brightness", "contrast", "saturation", "hue"):
@@ -67,6 +70,28 @@ class ViewOptions:
                 near = max(round(value / patch), 1) * patch
                 raise UserError(f"views.{name}={value} is no multiple of the backbone's patch of {patch}: try {near}")
         return self.global_size // patch, self.global_size // patch
+
+    def halved(self, patch: int) -> ViewOptions:
+        """The views while crops are small: half the size, rounded up to whole patches, and half the blur in pixels.
+
+        UserError where a global view would be a single patch, of which nothing can be hidden.
+        """
+
+        def half(size: int) -> int:
+            return patch * -(-size // (2 * patch))
+
+        if self.global_size <= 2 * patch:
+            raise UserError(
+                f"views.curriculum={self.curriculum}: half of views.global_size={self.global_size} is a single patch "
+                f"of {patch} px: leave the curriculum out (0), or choose larger views or a smaller patch"
+            )
+        low, high = self.blur_sigma
+        return replace(
+            self,
+            global_size=half(self.global_size),
+            local_size=half(self.local_size),
+            blur_sigma=(low / 2, high / 2),
+        )
 
     def hides_equally(self, patches: int) -> bool:
         """Whether every global view hides as many of its patches, and any at all."""

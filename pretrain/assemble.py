@@ -50,8 +50,14 @@ def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = Fal
         pooling=recipe.text.pooling,
     )
     learner = Student(backbone, build_objectives(recipe.objectives, context))
-    if "visible" in learner.views and not recipe.views.hides_equally(context.patches):
-        raise UserError(backbones.UNEQUAL)
+    if "visible" in learner.views:
+        if not recipe.views.hides_equally(context.patches):
+            raise UserError(backbones.UNEQUAL)
+        if recipe.views.curriculum:
+            raise UserError(
+                f"views.curriculum={recipe.views.curriculum}: the decoder of objectives.pixels.style=mae knows the "
+                "places of one size alone: set views.curriculum=0, or objectives.pixels.style=simmim"
+            )
     return learner
 
 

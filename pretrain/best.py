@@ -12,9 +12,10 @@ METRIC = "probe/linear"
 class Best:
     """Follows the in-loop probe's balanced accuracy."""
 
-    def __init__(self, patience: int, lines: Iterable[Mapping[str, Any]] = ()) -> None:
-        """patience: probes without a better one after which it is `enough`; 0: never. lines: what was logged before."""
-        self.patience = patience
+    def __init__(self, patience: int, lines: Iterable[Mapping[str, Any]] = (), since: int = 0) -> None:
+        """patience: probes without a better one after which it is `enough`; 0: never. lines: what was logged before.
+        since: the step until which nobody loses patience, for crops are still small."""
+        self.patience, self.since = patience, since
         self.value, self.step, self.waited = -math.inf, 0, 0
         for line in lines:
             self.better(line["step"], line)
@@ -24,7 +25,7 @@ class Best:
         if METRIC not in found:
             return False
         if found[METRIC] <= self.value:
-            self.waited += 1
+            self.waited += step > self.since
             return False
         self.value, self.step, self.waited = found[METRIC], step, 0
         return True

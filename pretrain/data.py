@@ -16,6 +16,7 @@ from hybridssl.types import Batch, Column
 from hybridssl.views import Item, ViewOptions
 from pretrain.batches import Watched
 from pretrain.columns import columns, encode
+from pretrain.curriculum import Curriculum, curriculum
 from pretrain.recipe import Recipe
 from pretrain.stop import SIGNALS
 from shards.errors import DataError
@@ -28,7 +29,7 @@ from shards.stream import Order, Positions
 class ToItem:
     """Turns a decoded sample into crops, masks and colour parameters, all drawn from (seed, epoch, sample)."""
 
-    options: ViewOptions
+    curriculum: Curriculum
     patch: int
     seed: int
     classes: tuple[str, ...]
@@ -39,7 +40,8 @@ class ToItem:
     def __call__(self, sample: Sample, image: np.ndarray, position: int, epoch: int, number: int) -> Item:
         rng = views.generator(self.seed, epoch, number)
         # Only labelled images need the mild view: it is what labels supervise, and costs a pass.
-        crops = views.crop(image, rng, self.options, self.patch, position, clean=self.clean and bool(sample.labels))
+        options, clean = self.curriculum.views(position), self.clean and bool(sample.labels)
+        crops = views.crop(image, rng, options, self.patch, position, clean)
         labels = np.zeros(len(self.classes), np.uint8)
         labels[[self.classes.index(name) for name in sample.labels]] = 1
         source = self.sources.index(sample.source) if sample.source in self.sources else -1
@@ -85,9 +87,10 @@ def loader(recipe: Recipe, index: Index, clean: bool, patch: int, start: int, ra
     """Endless micro-batches of this rank, from global position `start` on."""
     order = Order(index, selected(recipe, index), recipe.stream, recipe.seed)
     wanted = columns(recipe, index)
-    to_item = ToItem(recipe.views, patch, recipe.seed, index.classes, index.sources, clean, wanted)
+    sizes = curriculum(recipe, patch)
+    to_item = ToItem(sizes, patch, recipe.seed, index.classes, index.sources, clean, wanted)
     workers = recipe.data.workers
-    dataset = Watched(index, order, to_item, recipe.views.decode_at_least())
+    dataset = Watched(index, order, to_item, sizes.decode_at_least)
     dataset.at = torch.full((workers, 2), -1).share_memory_()
     return DataLoader(
         dataset,

@@ -77,6 +77,7 @@ def try_step(recipe: Recipe, index: Index, device: torch.device, share: int, mic
     alone = replace(
         recipe,
         backbone=backbone,
+        views=replace(recipe.views, curriculum=0.0),  # full size takes the most
         batch=replace(recipe.batch, size=micro, micro=micro),
         data=replace(recipe.data, workers=0),
     )

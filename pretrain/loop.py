@@ -93,7 +93,7 @@ def train(recipe: Recipe) -> int:
     probe = InLoopProbe(recipe, index) if recipe.probe.every and accelerator.is_main_process else None
     log = record.Record(recipe, accelerator, out, index, step, learner)
     keeper = Keeper(recipe, accelerator, index, len(log.selected))
-    best = Best(recipe.probe.early_stop, log.lines)
+    best = Best(recipe.probe.early_stop, log.lines, since=log.small)
     stop, watchdog = Stop(), Watchdog(60 * recipe.timeout, rank, stream.whereabouts)
     if not dist.all_agree(not best.enough):  # it had ended early, and was started again
         stop.reason = ENOUGH

@@ -39,6 +39,7 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
     recipe = replace(
         recipe,
         backbone=replace(recipe.backbone, weights="", lora=0),
+        views=replace(recipe.views, curriculum=0.0),  # at full size: the slowest that it will be
         data=replace(recipe.data, workers=0),
         batch=replace(recipe.batch, size=micro, micro=micro),
     )

@@ -6,13 +6,16 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from hybridssl.student import Student
 from pretrain import cost
+from pretrain.curriculum import curriculum
 from pretrain.recipe import Recipe
 
 # Dense bfloat16 with sums in float32, TFLOP/s, as the makers state it; the first name that fits counts.
@@ -33,13 +36,22 @@ PEAKS = {
 class Meter:
     """Images a second, share of the time without data, TFLOP/s, share of the device's peak, memory."""
 
-    def __init__(self, batch: int, work: float | None, peak: float | None, world: int = 1) -> None:
-        """batch: images a step over all processes; work: FLOPs an image; peak: TFLOP/s of one device. None: unknown."""
+    def __init__(self, batch: int, work: Mapping[int, float], peak: float | None, world: int = 1) -> None:
+        """batch: images a step over all processes; work: FLOPs an image, by the side of its global views in pixels
+        (empty: unknown); peak: TFLOP/s of one device (None: unknown)."""
         self.batch, self.work, self.peak, self.world = batch, work, peak, world
+        self.side = 0  # of the last step
         self.restart()
 
     def restart(self) -> None:
+        self.steps, self.done = 0, 0.0
         self.waited, self.started = 0.0, time.perf_counter()
+
+    def step(self, side: int) -> None:
+        """Take note of a step whose global views have this side."""
+        self.side = side
+        self.steps += 1
+        self.done += self.work.get(side, 0.0) * self.batch
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -52,16 +64,40 @@ class Meter:
         """Since the last `restart`."""
         return time.perf_counter() - self.started
 
-    def read(self, steps: int) -> dict[str, float]:
-        """Of the `steps` since the last `restart`. `tflops` and `mfu` are those of one device, where they are known."""
+    def read(self) -> dict[str, float]:
+        """Of the steps since the last `restart`. `tflops` and `mfu` are those of one device, where they are known."""
         seconds = self.seconds()
-        speed = steps * self.batch / seconds
+        speed = self.steps * self.batch / seconds
         found = {"images_per_s": speed, "data_wait": self.waited / seconds, "memory_gib": memory() / 2**30}
-        if self.work:
-            found["tflops"] = speed * self.work / self.world / 1e12
+        if self.done:
+            found["tflops"] = self.done / seconds / self.world / 1e12
             if self.peak:
                 found["mfu"] = found["tflops"] / self.peak
         return found
+
+
+class Pace:
+    """The time that a run still takes, whose first `small` steps have half-size crops and so are faster.
+
+    What a step at full size takes is measured once there is one; until then it is reckoned from the FLOPs, so too long
+    where the loader, and not the model, is what takes the time.
+    """
+
+    def __init__(self, steps: int, small: int, work: Mapping[int, float], lines: Iterable[Mapping[str, Any]]) -> None:
+        """work: as for `Meter`; lines: what was logged before."""
+        self.steps, self.small = steps, small
+        few, many = (work[side] for side in (min(work), max(work))) if work else (1.0, 4.0)  # pixels
+        self.dearer = many / few
+        small_ones = [line for line in lines if line["step"] <= small and "seconds" in line]
+        self.turn = (small_ones[-1]["step"], small_ones[-1]["seconds"]) if small_ones else (0, 0.0)
+
+    def left(self, step: int, seconds: float) -> float:
+        """Seconds that are left after `step` steps, which took `seconds`."""
+        if step <= self.small:
+            self.turn = step, seconds
+            return seconds / step * (self.small - step + self.dearer * (self.steps - self.small))
+        at, spent = self.turn
+        return (seconds - spent) / (step - at) * (self.steps - step)
 
 
 def text(line: Mapping[str, float]) -> str:
@@ -92,16 +128,17 @@ def peak(device: torch.device, precision: str) -> float | None:
     return next((float(value) for pattern, value in PEAKS.items() if re.search(pattern, name)), None)
 
 
-def work(recipe: Recipe, learner: Student, channels: int) -> float | None:
+def work(recipe: Recipe, learner: Student, channels: int) -> dict[int, float]:
     """FLOPs that one image costs: the student there and back on all views, the teacher on the global ones, their heads.
 
-    What the method needs, not what is done: nothing that is computed twice to save memory counts twice. The small
-    heads of labels and guides are left out. None for what is no self-distillation of a vision transformer.
+    By the side of the global views, of which a curriculum has two. What the method needs, not what is done: nothing
+    that is computed twice to save memory counts twice. The small heads of labels and guides are left out. Empty for
+    what is no self-distillation of a vision transformer.
     """
     objectives = learner.each().values()
     net = cost.network(recipe.backbone, channels, recipe.views.global_size)
     if net is None or "visible" in learner.views or not any(o.taught for o in objectives):
-        return None
+        return {}
     heads = [o.options for o in objectives if hasattr(o.options, "prototypes")]
     low, high = recipe.views.mask_ratio
     step = cost.Step(
@@ -115,4 +152,6 @@ def work(recipe: Recipe, learner: Student, channels: int) -> float | None:
         masked=recipe.views.mask_probability * (low + high) / 2 if learner.masked else 0.0,
         clean=recipe.stream.labelled_fraction if "clean" in learner.views else 0.0,
     )
-    return cost.image_work(step)
+    sizes = curriculum(recipe, net.patch)
+    steps = [replace(step, global_size=v.global_size, local_size=v.local_size) for v in (sizes.small, sizes.full)]
+    return {one.global_size: cost.image_work(one) for one in steps}

@@ -24,6 +24,7 @@ from hybridssl.text import beside, class_embeddings
 from hybridssl.types import Batch
 from pretrain import meters
 from pretrain.alarms import alarms, thinned
+from pretrain.curriculum import small_steps
 from pretrain.data import selected
 from pretrain.journal import Journal
 from pretrain.profiling import NEEDED, Profiler
@@ -72,7 +73,11 @@ class Record:
             disable=not (self.main and self.console.is_terminal),
         )
         self.task = self.bar.add_task(recipe.name, total=recipe.steps, completed=step, news="")
-        self.meter = self._meter(learner)
+        self.small = small_steps(recipe)
+        work = meters.work(recipe, learner, index.channels)
+        peak = meters.peak(accelerator.device, accelerator.mixed_precision)
+        self.meter = meters.Meter(recipe.batch.size, work, peak, accelerator.num_processes)
+        self.pace = meters.Pace(recipe.steps, self.small, work, self.lines)
         self.profiler = self._profiler(recipe.steps - step)
         self.quarantine = Quarantine(out / "quarantine.jsonl", recipe.stream, len(self.selected))
         self._clear()
@@ -87,11 +92,6 @@ class Record:
         if self.profiler:
             self.profiler.stop()
         self.bar.stop()
-
-    def _meter(self, learner: Student) -> meters.Meter:
-        recipe, here = self.recipe, self.accelerator
-        work = meters.work(recipe, learner, self.index.channels)
-        return meters.Meter(recipe.batch.size, work, meters.peak(here.device, here.mixed_precision), here.num_processes)
 
     def _profiler(self, steps: int) -> Profiler | None:
         if not (self.recipe.profile and self.main):
@@ -122,9 +122,10 @@ class Record:
         self.meter.restart()
 
     def due(self, step: int) -> bool:
-        """Is there a line to write? At checkpoints and probes too, so that a resumed run writes the same lines."""
+        """Is there a line to write? At checkpoints and probes too, so that a resumed run writes the same lines; and
+        where crops grow, so that no line is of both sizes."""
         often = (self.recipe.log.every, self.recipe.save.every, self.recipe.probe.every)
-        return step == self.recipe.steps or any(every and step % every == 0 for every in often)
+        return step in (self.recipe.steps, self.small) or any(every and step % every == 0 for every in often)
 
     def step(
         self,
@@ -150,6 +151,7 @@ class Record:
             taken = torch.where(refused > 0, 0.0, value.detach().float())
             self.sums[name] = self.sums[name] + taken if name in self.sums else taken
         self.steps += 1
+        self.meter.step(batches[0].global_.shape[-1])
         self.skipped = self.skipped + (refused > 0)
         if self.profiler and (told := self.profiler.step()):
             self.say(told)
@@ -178,8 +180,9 @@ class Record:
             **schedule,
             **values,
             "skipped": round(values["skipped"]),
-            **self.meter.read(self.steps),
-            "eta": round(self.seconds / step * (self.recipe.steps - step), 1),  # seconds
+            **self.meter.read(),
+            **({"global_size": self.meter.side} if self.small else {}),  # pixels
+            "eta": round(self.pace.left(step, self.seconds), 1),  # seconds
         }
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

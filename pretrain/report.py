@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -89,6 +89,11 @@ SCHEDULES = (
     ("Weight decay", {"": "weight_decay"}, "Rises by design in most recipes."),
     ("Teacher momentum", {"": "momentum"}, "The closer to 1, the more steps the teacher averages over."),
     ("Teacher temperature", {"": "temperature"}, "Low makes sharp targets."),
+    (
+        "Size of the global views",
+        {"": "global_size"},
+        "In pixels. Where it doubles (views.curriculum), losses and gradients may jump, and steps take longer.",
+    ),
     ("Images per second", {"": "images_per_s"}, "Over all processes."),
     (
         "Waiting for data",
@@ -241,6 +246,9 @@ def _losses(page: Page, m: Material) -> None:
     names = sorted({key.removeprefix("loss/") for line in m.lines for key in line if key.startswith("loss/")})
     table = [(name, {"": f"loss/{name}"}, expects.get(name.split("/")[0], "")) for name in names]
     intro = "Each before its weight. Not every loss has to fall: the line below each says what to expect of it."
+    small = [line["step"] for line in m.lines if line.get("global_size", inf) < m.lines[-1].get("global_size", 0)]
+    if small:
+        intro += f" After step {small[-1]:,} all crops have twice the size: a jump there is no fault."
     _charts(page, m, "Losses", intro, [("Total", {"": "loss"}, "The weighted sum; read its parts."), *table])
 
 

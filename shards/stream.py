@@ -123,24 +123,27 @@ class Order:
 class SampleDataset(Dataset):
     """`dataset[position]` -> (transform(sample, image, position, epoch, number), bad).
 
-    `image` is uint8 [H, W, C], a JPEG decoded to a short side of at least `at_least` (0: full). A sample that cannot
-    be read is replaced by that of the following position, under an epoch of its own, which no other process needs to
-    know; `bad` names what was left out, as dicts of `key`, `shard` and `reason`. DataError after 32 in a row, or when
-    the data cannot be fetched.
+    `image` is uint8 [H, W, C], a JPEG decoded to a short side of at least `at_least` (0: full), which may be a
+    function of the position. A sample that cannot be read is replaced by that of the following position, under an
+    epoch of its own, which no other process needs to know; `bad` names what was left out, as dicts of `key`, `shard`
+    and `reason`. DataError after 32 in a row, or when the data cannot be fetched.
     """
 
-    def __init__(self, index: Index, order: Order, transform: Transform, at_least: int = 0):
+    def __init__(
+        self, index: Index, order: Order, transform: Transform, at_least: int | Callable[[int], int] = 0
+    ) -> None:
         self.index, self.order, self.transform, self.at_least = index, order, transform, at_least
 
     def __getitem__(self, position: int) -> tuple[Any, list[dict[str, str]]]:
         if self.index.remote:
             self.index.ahead(self.order.shards(position))
+        at_least = self.at_least(position) if callable(self.at_least) else self.at_least
         bad: list[dict[str, str]] = []
         for attempt in range(MAX_STAND_INS):
             epoch, number = self.order(position + attempt)
             try:
                 sample = self.index.read(number)
-                image = decode(sample.image, self.at_least, self.index.channels)
+                image = decode(sample.image, at_least, self.index.channels)
             except FetchError:
                 raise  # the sample may be fine
             except DataError as error:

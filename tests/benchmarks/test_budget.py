@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from benchmarks import budget
 from finetune.results import FORMAT, NEEDED
 from pretrain import command
+from pretrain.curriculum import curriculum
 
 
 def plant(folder, skill: float, seed: int = 0) -> None:
@@ -65,11 +66,25 @@ def test_one_seed_has_no_noise_threshold(tmp_path):
     assert table["differences"] == []
 
 
+def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
+    found = {"random": {0: {}}, "ssl": {0: {}, 1: {}}, "ssl-curriculum": {1: {}}}
+    for name, seconds in {"ssl-0": 40.0, "ssl-1": 50.0, "ssl-curriculum-1": 20.0}.items():
+        (tmp_path / name).mkdir()
+        lines = [{"step": 0, "probe/knn": 0.1}, {"step": 5, "seconds": 1.0, "images": 40}]
+        lines += [{"step": 10, "seconds": seconds, "images": 80}, {"step": 10, "probe/knn": 0.2}]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert budget.training(tmp_path, found) == {
+        "ssl": {"0": {"seconds": 40.0, "images": 80}, "1": {"seconds": 50.0, "images": 80}},
+        "ssl-curriculum": {"1": {"seconds": 20.0, "images": 80}},
+    }
+
+
 @pytest.mark.parametrize("size", budget.SIZES)
 @pytest.mark.parametrize("arm", budget.ARMS)
 def test_every_arm_is_a_recipe(arm, size):
     recipe = command.load([*budget.SIZES[size], *budget.ARMS[arm].split(), "data.train=x", "out=y"])
-    assert ("labels" in recipe.objectives) == (arm != "ssl")
+    assert ("labels" in recipe.objectives) == (not arm.startswith("ssl"))
+    curriculum(recipe, 16)  # its crops can be halved
 
 
 def test_sizes_of_all_arms_see_the_same_images():

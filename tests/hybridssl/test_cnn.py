@@ -13,7 +13,7 @@ from timm.layers import BatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
 
 from hybridssl import cnn, optim
-from hybridssl.backbone import Backbone, BackboneOptions, build, load_weights
+from hybridssl.backbone import Backbone, BackboneOptions, Crops, build, load_weights
 from hybridssl.cnn import follow_statistics
 from hybridssl.errors import UserError
 from hybridssl.objectives import Context, options_types
@@ -133,14 +133,18 @@ def test_colour_weights_serve_grey_images_and_the_classifier_is_left_out(options
 # ---------------------------------------------------------------------------------------------------------- batch norm
 
 
-def test_running_statistics_come_from_full_size_views_alone() -> None:
-    backbone = build(DENSENET, 1, 64)
-    start = statistics(backbone)
-    local = torch.randn(4, 1, 32, 32) + 3
-    assert not torch.equal(backbone(local).cls, backbone(local[:2]).cls[:2])  # normalised by the crops in hand
-    torch.testing.assert_close(statistics(backbone), start, rtol=0, atol=0)
-    backbone(torch.randn(4, 1, 64, 64))
-    assert not any(torch.equal(b, start[n]) for n, b in statistics(backbone).items())
+@pytest.mark.parametrize("side", [128, 64])  # 64: while a curriculum halves all crops
+def test_running_statistics_come_from_the_largest_views_alone(side: int) -> None:
+    alone, beside = build(DENSENET, 1, 128), build(DENSENET, 1, 128)
+    beside.load_state_dict(alone.state_dict())
+    start = statistics(alone)
+    full, local = Crops(torch.randn(4, 1, side, side)), torch.randn(4, 1, side // 2, side // 2) + 3
+    alone.see([full])
+    seen, fewer = (beside.see([full, Crops(some)])[1].cls for some in (local, local[:2]))
+    assert not torch.equal(seen[:2], fewer)  # normalised by the crops in hand
+    alone.see([full])
+    torch.testing.assert_close(statistics(beside), statistics(alone), rtol=0, atol=0)
+    assert not any(torch.equal(b, start[n]) for n, b in statistics(beside).items())
 
 
 @torch.no_grad()

@@ -328,6 +328,19 @@ def test_a_size_that_the_patch_does_not_divide_names_the_next_one() -> None:
     assert ViewOptions(local_count=0).grid(14) == (16, 16)
 
 
+@pytest.mark.parametrize(("patch", "sizes"), [(16, (112, 48)), (14, (112, 56)), (32, (128, 64))])
+def test_half_the_size_is_whole_patches(patch: int, sizes: tuple[int, int]) -> None:
+    small = ViewOptions(local_size=96 if 96 % patch == 0 else 98, blur_sigma=(0.2, 2.0)).halved(patch)
+    assert (small.global_size, small.local_size) == sizes
+    assert small.grid(patch)[0] == sizes[0] // patch
+    assert small.blur_sigma == (0.1, 1.0)
+
+
+def test_half_of_a_tiny_view_is_refused() -> None:
+    with pytest.raises(UserError, match=r"views\.curriculum=0\.5: half of .*=32 is a single patch of 16"):
+        ViewOptions(global_size=32, local_size=16, curriculum=0.5).halved(16)
+
+
 def test_whether_all_views_hide_as_many_patches() -> None:
     equal = ViewOptions(mask_probability=1, mask_ratio=(0.75, 0.75))
     assert equal.hides_equally(16)
@@ -338,7 +351,14 @@ def test_whether_all_views_hide_as_many_patches() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("hflip", 1.5), ("global_scale", (0.9, 0.1)), ("blur", (1.0, 0.1)), ("std", (0.2, 0.0)), ("local_count", -1)],
+    [
+        ("hflip", 1.5),
+        ("curriculum", 1.0),
+        ("global_scale", (0.9, 0.1)),
+        ("blur", (1.0, 0.1)),
+        ("std", (0.2, 0.0)),
+        ("local_count", -1),
+    ],
 )
 def test_an_option_out_of_range_is_named(name: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"views\.{name}="):

@@ -82,6 +82,8 @@ def test_best_follows_the_probe_and_begins_where_the_log_ends() -> None:
     assert (again.step, again.waited, again.enough) == (20, 1, False)
     assert not Best(0, [{"step": 1, "probe/linear": 0.1}] * 9).enough
     assert not first.better(50, {"keep/knn": 1.0})  # no probe of its own
+    patient = Best(2, [{"step": step, "probe/linear": value} for step, value in values], since=30)
+    assert (patient.step, patient.waited) == (20, 1)  # crops were small until step 30
 
 
 def test_a_journal_keeps_what_the_disk_refused_and_drops_half_lines(tmp_path: Path, monkeypatch) -> None:

@@ -59,6 +59,15 @@ def test_what_is_tried_is_a_whole_step(micro: int, tiny, tmp_path, monkeypatch: 
     assert seen == [micro] * (8 // micro)
 
 
+def test_what_is_tried_has_full_size(tiny, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, index = recipe_of([*tiny, f"out={tmp_path}", "views.curriculum=0.75"])
+    seen: list[int] = []
+    render = fit.render
+    monkeypatch.setattr(fit, "render", lambda batch, own: seen.append(batch.global_.shape[-1]) or render(batch, own))
+    fit.try_step(recipe, index, CPU, 8, 8)
+    assert seen == [32]
+
+
 def test_a_trial_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.dist, "get_world_size", lambda: 3)

@@ -138,6 +138,7 @@ def test_a_resumed_run_with_another_recipe_is_refused_with_the_keys(
             "objectives.pixels={style: mae, width: 32, depth: 1}",
             ["mae", "views.mask_probability=1", "views.mask_ratio"],
         ),
+        ("views.curriculum=1", ["views.curriculum=1", "below 1"]),
         ("objectives={dino: null, ibot: null, spread: null, labels: null}", ["objective"]),
     ],
 )

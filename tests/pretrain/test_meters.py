@@ -15,7 +15,7 @@ from pretrain import data, loop, meters
 from pretrain.assemble import build_student
 from pretrain.command import load
 from pretrain.loop import main
-from pretrain.meters import Meter
+from pretrain.meters import Meter, Pace
 from shards.index import Index
 from tests.pretrain.conftest import lines
 
@@ -48,14 +48,16 @@ def counted(arguments: list[str]) -> tuple[float, float]:
         losses, _ = learner(views, target, batch, 0.5)
         loop.weighted(losses, recipe, 0.5).backward()
     said = meters.work(recipe, learner, index.channels)
-    assert said is not None
-    return counter.get_total_flops() / recipe.batch.size, said
+    return counter.get_total_flops() / recipe.batch.size, said[batch.global_.shape[-1]]
 
 
 def test_work_is_what_torch_counts(tiny: list[str]) -> None:
     found, said = counted([*tiny, *LARGER])
     assert 0.85 * found < said < 1.02 * found  # below: heads compute their scores more than once, to save memory
     dino = [a for a in LARGER if "ibot" not in a]
+    small, reckoned = counted([*tiny, *LARGER, "views.curriculum=0.5"])  # a run begins with half-size crops
+    assert 0.85 * small < reckoned < 1.02 * small
+    assert reckoned < said / 2.5
     alone, without = counted([*tiny, *dino, "objectives.ibot=null"])
     assert 0.85 * alone < without < 1.02 * alone
     assert without < said
@@ -64,23 +66,41 @@ def test_work_is_what_torch_counts(tiny: list[str]) -> None:
 def test_work_of_a_convolution_or_of_labels_alone_is_not_told(tiny: list[str]) -> None:
     recipe = load([*tiny, "objectives={dino: null, ibot: null, spread: null}", "out=x"])
     index = Index.open(recipe.data.train)
-    assert meters.work(recipe, build_student(recipe, index, 8), index.channels) is None
+    assert meters.work(recipe, build_student(recipe, index, 8), index.channels) == {}
 
 
 def test_a_meter_is_a_clock() -> None:
-    meter = Meter(batch=10, work=4e12, peak=400, world=2)
+    meter = Meter(batch=10, work={32: 1e12, 64: 4e12}, peak=400, world=2)
     with meter.waiting():
         time.sleep(0.03)
     time.sleep(0.03)
-    read = meter.read(steps=3)
+    for side in (32, 64, 64):
+        meter.step(side)
+    read = meter.read()
     assert read["images_per_s"] <= 30 / 0.06
     assert 0 < read["data_wait"] <= 1
-    assert read["tflops"] == pytest.approx(read["images_per_s"] * 4 / 2)
+    assert read["tflops"] == pytest.approx(read["images_per_s"] * 3 / 2)  # 3 an image, on two devices
     assert read["mfu"] == pytest.approx(read["tflops"] / 400)
     meter.restart()
-    assert meter.read(steps=1)["data_wait"] == 0
-    assert not {"tflops", "mfu"} & Meter(10, None, 400).read(1).keys()
-    assert "mfu" not in Meter(10, 1e12, None).read(1)
+    assert meter.read() | {"memory_gib": 0} == {"images_per_s": 0, "data_wait": 0, "memory_gib": 0}
+    unknown, peakless = Meter(10, {}, 400), Meter(10, {64: 1e12}, None)
+    for one in (unknown, peakless):
+        one.step(64)
+    assert not {"tflops", "mfu"} & unknown.read().keys()
+    assert {"tflops"} == {"tflops", "mfu"} & peakless.read().keys()
+
+
+def test_the_time_left_reckons_with_larger_crops_and_then_measures_them() -> None:
+    work = {32: 1.0, 64: 3.0}
+    pace = Pace(steps=10, small=6, work=work, lines=[])
+    assert pace.left(2, 2.0) == pytest.approx(4 * 1 + 4 * 3)  # a second a step, three of the larger ones
+    assert pace.left(6, 6.0) == pytest.approx(4 * 3)
+    assert pace.left(7, 8.0) == pytest.approx(3 * 2)  # it took two
+    assert pace.left(10, 14.0) == 0
+    lines = [{"step": 0, "probe/knn": 0.1}, {"step": 6, "seconds": 6.0}, {"step": 7, "seconds": 8.0}]
+    assert Pace(10, 6, work, lines).left(8, 10.0) == pytest.approx(2 * 2)  # of a run that goes on
+    assert Pace(10, 0, {64: 3.0}, []).left(4, 8.0) == pytest.approx(6 * 2)
+    assert Pace(10, 6, {}, []).left(6, 6.0) == pytest.approx(4 * 4)  # by the pixels, where no FLOPs are known
 
 
 def test_memory_grows_with_what_is_held() -> None:

@@ -157,6 +157,16 @@ def batches(index: Index, workers: int, **where: int) -> Iterator[list[Any]]:
     return iter(loader)
 
 
+def test_the_scale_of_decoding_may_follow_the_position(index: Index) -> None:
+    order = Order(index, index.select(), StreamOptions())
+    asked = [16, 1]
+    dataset = SampleDataset(index, order, lambda sample, image, *_: image.shape, at_least=asked.__getitem__)
+    for position, at_least in enumerate(asked):
+        expected = SampleDataset(index, order, lambda sample, image, *_: image.shape, at_least)[position]
+        assert dataset[position] == expected
+    assert dataset[0][0] != dataset[1][0]
+
+
 def first(index: Index, count: int, workers: int = 0, **where: int) -> list[Any]:
     return [item for batch in itertools.islice(batches(index, workers, **where), count) for item in batch]
 
