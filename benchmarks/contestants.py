@@ -3,18 +3,15 @@
 Each contestant is a function of (Setting, device) that builds its models and returns a step without arguments. All see
 the same architecture, crop sizes, number of prototypes and precision, DINO + iBOT + KoLeo with a mask on half of the
 global views, AdamW, clipping and a moving average. None decodes or crops; ours also applies the colours, which the
-others do in their loaders' workers. A peer that is not installed raises ImportError.
+others do in their loaders' workers. Here are the floor and ours; the others are in peers.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -144,106 +141,6 @@ def _batch(setting: Setting, options: ViewOptions) -> Batch:
         cut = crop(image, rng, options, setting.patch, i, clean=False)
         items.append(Item(cut, np.zeros(0, np.uint8), -1, False, "", str(i)))
     return collate(items)
-
-
-def lightly(setting: Setting, device: torch.device) -> Step:
-    """lightly's parts, put together as its documentation does for DINOv2 (mean centering: it has no other)."""
-    from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
-    from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
-    from lightly.models.utils import random_block_mask, update_momentum
-
-    torch.manual_seed(0)
-    make_head = lambda: DINOProjectionHead(setting.embed, 2048, 256, setting.prototypes, batch_norm=False)  # noqa: E731
-    mine = nn.ModuleDict(
-        {
-            "backbone": MaskedVisionTransformerTIMM(vit=backbone(setting).model, antialias=False),  # type: ignore[arg-type]
-            "dino": make_head(),
-            "ibot": make_head(),
-        }
-    ).to(device)
-    teacher = nn.ModuleDict({"backbone": copy.deepcopy(mine["backbone"]), "dino": make_head(), "ibot": make_head()})
-    teacher.load_state_dict(mine.state_dict())  # copy.deepcopy refuses weight-normed heads
-    teacher.to(device).eval().requires_grad_(False)
-    dino_loss, ibot_loss = DINOLoss(setting.prototypes).to(device), IBOTPatchLoss(setting.prototypes).to(device)
-    koleo = KoLeoLoss()
-    optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-4)
-    large, small, _ = crops(setting, device)
-    side = setting.global_size // setting.patch
-    prefix: int = mine["backbone"].vit.num_prefix_tokens  # type: ignore[assignment, union-attr]
-
-    def step() -> None:
-        with setting.autocast(device):
-            with torch.no_grad():
-                taught = teacher["backbone"].encode(large)  # type: ignore[operator]
-                mask = large.new_zeros((len(large), prefix + side * side), dtype=torch.bool)
-                blocks = random_block_mask((len(large), side, side), min_num_masks_per_block=1, device=device)
-                mask[:, prefix:] = blocks.flatten(1)
-                teacher_cls, teacher_patches = teacher["dino"](taught[:, 0]), teacher["ibot"](taught[mask])
-            seen = mine["backbone"].encode(large, mask=mask)  # type: ignore[operator]
-            student_cls = [mine["dino"](seen[:, 0]), mine["dino"](mine["backbone"].encode(small)[:, 0])]  # type: ignore[operator]
-            student_patches = mine["ibot"](seen[mask])
-            views = [*student_cls[0].chunk(2), *student_cls[1].chunk(setting.local_count)]
-            loss = dino_loss(list(teacher_cls.chunk(2)), views, teacher_temp=0.07)
-            loss = loss + ibot_loss(teacher_patches, student_patches, blocks, teacher_temp=0.07)
-            loss = loss + 0.1 * sum(koleo(rows) for rows in seen[:, 0].chunk(2))
-        loss.backward()
-        nn.utils.clip_grad_norm_(mine.parameters(), 3.0)
-        optimizer.step()
-        update_momentum(mine, teacher, 0.996)
-        optimizer.zero_grad(set_to_none=True)
-
-    random.seed(0)
-    return step
-
-
-def lightly_train(setting: Setting, device: torch.device) -> Step:
-    """The `dinov2` method of lightly-train, its own step and backbone, with Sinkhorn and separate heads like ours."""
-    os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"  # no telemetry
-    from lightly.models.utils import update_momentum
-    from lightly_train._methods.dinov2.dinov2 import DINOv2, DINOv2AdamWViTArgs, DINOv2Args
-    from lightly_train._methods.dinov2.utils import get_optimizer_with_decay
-    from lightly_train._models.dinov2_vit.dinov2_vit import DINOv2ViTModelWrapper
-    from lightly_train._models.dinov2_vit.dinov2_vit_src.models.vision_transformer import DinoVisionTransformer
-    from lightly_train._models.embedding_model import EmbeddingModel
-
-    torch.manual_seed(0)
-    net = DinoVisionTransformer(
-        img_size=setting.global_size,
-        patch_size=setting.patch,
-        embed_dim=setting.embed,
-        depth=setting.depth,
-        num_heads=setting.heads,
-        init_values=1e-5,
-        block_chunks=0,
-    )
-    args = DINOv2Args(output_dim=setting.prototypes, center_method="sinkhorn_knopp", ibot_separate_head=True)
-    adamw = DINOv2AdamWViTArgs()
-    method = DINOv2(args, adamw, EmbeddingModel(DINOv2ViTModelWrapper(net)), setting.batch, 3).to(device)
-    args.weight_decay_start = 0.04
-    method._trainer = SimpleNamespace(global_step=50_000)  # type: ignore[assignment]  # all it asks of a trainer
-    optimizer = get_optimizer_with_decay(adamw, method.trainable_modules(), args.layerwise_decay, 0.2)
-    large, small, _ = crops(setting, device)
-    batch: Any = {"views": [*large.chunk(2), *small.chunk(setting.local_count)]}
-
-    def step() -> None:
-        with setting.autocast(device):
-            loss = method.training_step_impl(batch, 0).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 3.0)
-        optimizer.step()
-        update_momentum(method.student_embedding_model, method.teacher_embedding_model, m=0.996)
-        update_momentum(method.student_head, method.teacher_head, m=0.996)
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-CONTESTANTS: dict[str, Callable[[Setting, torch.device], Step]] = {
-    "floor": floor,
-    "ours": ours,
-    "lightly's parts": lightly,
-    "lightly-train": lightly_train,
-}
 
 
 @contextlib.contextmanager

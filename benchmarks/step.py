@@ -5,10 +5,11 @@
     python -m benchmarks.step --size cpu --heads          # the heads and losses alone: time and memory
 
 The floor is the student's forward and backward pass on all crops and the teacher's forward pass on the global ones. All
-contestants (benchmarks/contestants.py) take turns, a step each a round, so that whatever else the machine does hits all
-alike. A ratio is the median over the rounds of (seconds of the contestant / seconds of the floor in the same round). On
-a GPU also images a second, TFLOP/s of the floor's work and, where the peak is known, its share. Others are timed where
-they are installed: `pip install lightly-train` brings one. Results: benchmarks/results/step-SIZE.json, heads.json.
+contestants (benchmarks/contestants.py, peers.py) take turns, a step each a round, so that whatever else the machine
+does hits all alike. A ratio is the median over the rounds of (seconds of the contestant / seconds of the floor in the
+same round). On a GPU also images a second and the peak of memory. Others are timed where they are installed: `pip
+install lightly-train` brings one, a clone of facebookresearch/dinov2 on PYTHONPATH another. Results:
+benchmarks/results/step-SIZE.json, heads.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import machine, write_results
-from benchmarks.contestants import CONTESTANTS, Setting, Step, attention
+from benchmarks.contestants import Setting, Step, attention, floor, ours
+from benchmarks.peers import PEERS
+
+CONTESTANTS = {"floor": floor, "ours": ours, **PEERS}
 
 TINY = ("vit_tiny_patch16_224", 192, 12, 3)
 SMALL = ("vit_small_patch16_224", 384, 12, 6)
@@ -81,6 +85,7 @@ def race(setting: Setting, names: Sequence[str], rounds: int, device: torch.devi
             steps[name] = CONTESTANTS[name](setting, device)
         except ImportError as error:
             left_out[name] = str(error)
+            print(f"left out: {error}", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     memory: dict[str, float] = {}
     for number in range(-2, rounds):  # two rounds to warm up
