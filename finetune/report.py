@@ -23,8 +23,11 @@ from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
 from hybridssl.page import Markup, Page, inline
+from shards.spreadsheet import safe
 from shards.terminal import Terminal
 
+ABOUT_RESULT = ("data", "source", "protocol", "labels", "backbone", "baseline", "leak")  # columns of the table
+OF_FIGURE = ("metric", "value", "low", "high", "file")
 WIDE = 9  # a result with more figures than this is named and linked; its own page shows them
 ABOUT = {
     "knn": "k nearest neighbours: what the features put side by side, with nothing trained on them.",
@@ -280,35 +283,14 @@ def chosen(result: Result) -> str:
 
 
 def as_csv(found: list[Result]) -> str:
+    """All figures, a row each. Text that a spreadsheet would run as a formula is quoted."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "data",
-            "source",
-            "protocol",
-            "labels",
-            "backbone",
-            "baseline",
-            "leak",
-            "metric",
-            "value",
-            "low",
-            "high",
-            "file",
-        ]
-    )
+    writer.writerow((*ABOUT_RESULT, *OF_FIGURE))
     for result in found:
         data, backbone = result.about["data"], result.about["backbone"]
-        lead = [
-            data["index"],
-            data["source"] or "",
-            result.protocol,
-            data["labels"],
-            backbone["name"],
-            backbone["baseline"],
-        ]
-        leak = result.leaks.any
+        lead = [data["index"], data["source"] or "", result.protocol, data["labels"]]
+        lead += [backbone["name"], backbone["baseline"], result.leaks.any]
         for name, m in result.metrics.items():
-            writer.writerow([*lead, leak, name, m.value, m.low, m.high, result.path])
+            writer.writerow(map(safe, [*lead, name, m.value, m.low, m.high, result.path]))
     return text.getvalue()

@@ -45,6 +45,7 @@ from hybridssl.files import write_text
 from hybridssl.page import Markup, Page, inline
 from hybridssl.probe import neighbours
 from shards.index import Index
+from shards.spreadsheet import safe
 from shards.terminal import Terminal
 
 Array = np.ndarray
@@ -221,7 +222,10 @@ def keep_work(table: Path, overwrite: bool) -> None:
 
 
 def as_csv(index: Index, pool: Features, picks: list[Pick]) -> str:
-    """A table as `python -m shards build` reads it; columns that it does not know become meta of the samples."""
+    """A table as `python -m shards build` reads it; columns that it does not know become meta of the samples.
+
+    Whoever fills it opens it in a spreadsheet: text that would run there as a formula is quoted; `build` reads it back.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
@@ -229,7 +233,8 @@ def as_csv(index: Index, pool: Features, picks: list[Pick]) -> str:
         number = int(pool.numbers[pick.row])
         sample = index.read(number)
         place = [sample.key, index.shard_of(number)[0], sample.meta.get("path", ""), f"{pick.score:.4f}", pick.reason]
-        writer.writerow([file_name(sample.key, sample.image), "", sample.source, sample.group, "train", *place])
+        row = [file_name(sample.key, sample.image), "", sample.source, sample.group, "train", *place]
+        writer.writerow(map(safe, row))
     return text.getvalue()
 
 

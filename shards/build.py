@@ -22,6 +22,7 @@ from shards.plan import plan
 from shards.privacy import Salt, missing_salt
 from shards.slices import stacked
 from shards.split import parse_split, stratified
+from shards.spreadsheet import safe
 from shards.table import Row, find_images, from_folders, nearest, read_table
 
 Progress = Callable[[int, int], None]
@@ -105,7 +106,10 @@ def gather(folder: Path, found: dict[str, Path], table: Path | None, options: Bu
 
 
 def write_linkage(path: Path, images: Path, table: Path | None, options: BuildOptions) -> None:
-    """A table of paths and keys, for whoever holds the originals: the only way back from a hashed path."""
+    """A table of paths and keys, for whoever holds the originals: the only way back from a hashed path.
+
+    A path that a spreadsheet would run as a formula has an apostrophe in front (spreadsheet.py).
+    """
     found = find_images(images)
     names = {file: name for name, file in found.items()}
     rows = gather(images, found, table, options)
@@ -113,7 +117,7 @@ def write_linkage(path: Path, images: Path, table: Path | None, options: BuildOp
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "key"])
-        writer.writerows(sorted(keys.items()))
+        writer.writerows((safe(path), key) for path, key in sorted(keys.items()))
 
 
 def _hashed(rows: list[Row], options: BuildOptions) -> list[Row]:

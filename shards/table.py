@@ -14,6 +14,7 @@ from typing import Any
 from shards import readers
 from shards.errors import DataError
 from shards.sources import SUFFIXES
+from shards.spreadsheet import restored
 
 # What the column with the images is called elsewhere: for the hint, should `path` be missing.
 _PATH_NAMES = ("filename", "file_name", "filepath", "file_path", "file", "image_path", "image_id", "image_name", "img")
@@ -134,7 +135,7 @@ def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
                         f"{table} row {reader.line_num} has {len(cells)} cells where the header has {len(header)}: "
                         'put a cell that holds the separator in "quotes"'
                     )
-                lines.append((reader.line_num, dict(zip(header, cells, strict=True))))
+                lines.append((reader.line_num, dict(zip(header, map(restored, cells), strict=True))))
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8 text (byte {error.start:,}): save it as CSV UTF-8") from None
     except csv.Error as error:

@@ -105,6 +105,16 @@ def test_names_are_escaped(write, tmp_path):
     assert "No null baseline here" in text
 
 
+def test_nothing_in_the_table_runs_in_a_spreadsheet(write, tmp_path):
+    write("a/knn", -0.4, "knn", "=HYPERLINK(1)", "1")
+    out = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "a"), "--out", str(out)]) == 0
+    with open(out.with_suffix(".csv"), newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {row["backbone"] for row in lines} == {"'=HYPERLINK(1)"}
+    assert min(float(row["value"]) for row in lines) == -0.4
+
+
 def test_a_leak_is_shown_in_red(write, tmp_path):
     write("a/knn", 0.9, "knn", "models/mine", "1", leak=7)
     out = tmp_path / "report.html"

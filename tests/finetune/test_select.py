@@ -195,6 +195,17 @@ def test_the_filled_table_builds_a_labelled_index(propose, partly, tmp_path):
         assert sample.split == "train"
 
 
+def test_nothing_in_the_table_runs_in_a_spreadsheet_and_all_of_it_comes_back(new_index, propose, tmp_path):
+    table = [{**row, "source": "=ward()", "group": f"@{row['group']}"} for row in rows(3, {"train": 4, "test": 2})]
+    table = [{**row, "label": ""} if row["split"] == "train" else row for row in table]
+    index = new_index(table)
+    folder = propose("--count", 3, data=index)
+    assert all(row["source"] == "'=ward()" and row["group"].startswith("'@train-") for row in read(folder))
+    made = build_shards(folder / "images", tmp_path / "again", folder / "to_label.csv").index
+    assert {made.read(i).source for i in range(3)} == {"=ward()"}
+    assert {made.read(i).group for i in range(3)} <= {row["group"] for row in table}
+
+
 def test_filled_labels_are_never_written_over(propose, capsys):
     folder = propose("--count", 5)
     propose("--count", 6)  # nothing filled in yet: replaced
