@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hybridssl import optim
+from hybridssl import optim, sharding
 from hybridssl.files import sha256, sync, write_text
 from hybridssl.run import FORMAT, VERSION, RunState, step_of
 
@@ -57,6 +57,7 @@ class Writer:
         self.run, self.keep = run, keep
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
+        self._job: tuple[RunState, dict[str, Tensor], dict[str, Tensor], bool] | None = None  # what is not written yet
         for left in (run / "checkpoints").glob("*.partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
         _prune(run / "checkpoints", keep)
@@ -69,11 +70,24 @@ class Writer:
         optimizer: torch.optim.Optimizer,
         best: bool = False,
     ) -> None:
-        """Begin to write; returns as soon as the tensors are copied, so that the next step may change them."""
+        """Begin to write; returns as soon as the tensors are copied, so that the next step may change them.
+
+        Of a sharded model all other processes call `assist` at the same time.
+        """
         self.wait()
-        tensors = [{k: v.to("cpu", copy=True) for k, v in t.items()} for t in _tensors(student, teacher, optimizer)]
-        self._thread = threading.Thread(target=self._try, args=(state, *tensors, best), name="checkpoint")
-        self._thread.start()
+        self._job = None  # if it failed: make room
+        model, moments = (
+            {k: sharding.whole(v).to("cpu", copy=True) for k, v in t.items()}
+            for t in _tensors(student, teacher, optimizer)
+        )
+        self._job = state, model, moments, best
+        self.again()
+
+    def again(self) -> None:
+        """Begin to write once more what could not be written."""
+        if self._job:
+            self._thread = threading.Thread(target=self._try, args=self._job, name="checkpoint")
+            self._thread.start()
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -89,9 +103,17 @@ class Writer:
     def _try(self, state: RunState, model: dict[str, Tensor], moments: dict[str, Tensor], best: bool) -> None:
         try:
             _write(self.run, state, model, moments, self.keep, best)
+            self._job = None
         except (OSError, SafetensorError) as error:  # a full disk is no reason to lose the run
             self._failure = f"the checkpoint of step {state.step} could not be written ({error})"
             shutil.rmtree(_partial(self.run, state.step), ignore_errors=True)  # it is what fills the disk
+
+
+def assist(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Hand in this process's parts of a sharded model, one tensor after the other, to the process that saves it."""
+    for tensors in _tensors(student, teacher, optimizer):
+        for tensor in tensors.values():
+            sharding.whole(tensor)
 
 
 def _tensors(

@@ -96,11 +96,11 @@ def build(options: BackboneOptions, channels: int, image_size: int) -> ConvBackb
     return backbone
 
 
-def synchronised(model: M) -> M:
-    """`model` with batch statistics over all GPUs. As it is where there is one process or no GPU: torch has no such
-    layer for CPUs."""
-    on_gpu = next(model.parameters()).is_cuda
-    return convert_sync_batchnorm(model) if on_gpu and world_size() > 1 else model  # type: ignore[return-value]
+def synchronised(model: M, device: torch.device) -> M:
+    """`model`, which is to train on `device`, with batch statistics over all GPUs. As it is where there is one process
+    or no GPU: torch has no such layer for CPUs."""
+    shared = device.type == "cuda" and world_size() > 1
+    return convert_sync_batchnorm(model) if shared else model  # type: ignore[return-value]
 
 
 @torch.no_grad()

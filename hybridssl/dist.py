@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
 _alone = False
 
 
@@ -62,6 +63,11 @@ def gather_objects(mine: Any) -> list[Any]:
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, mine)
     return found
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """What the first process makes, in all of them. For small things, and rarely: the host waits."""
+    return gather_objects(make() if rank() == 0 else None)[0]
 
 
 def all_agree(mine: bool) -> bool:

@@ -15,6 +15,8 @@ class EfficiencyOptions:
     packed: bool = True  # crops of all sizes in one pass over the weights, where the architecture can
     checkpoint: bool = False  # keep a block's input alone and compute the rest again in the backward pass: less memory
     compile: bool = False  # torch.compile of the blocks; the first steps take minutes
+    sharded: bool = False  # each process keeps a part of the weights, gradients, moments and teacher (FSDP2), for
+    # backbones that do not fit on one GPU; several processes
 
 
 def apply(backbone: Backbone, options: EfficiencyOptions) -> None:

@@ -10,6 +10,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from hybridssl import sharding
 from hybridssl.schedule import cosine, warmup_cosine
 
 
@@ -86,5 +87,5 @@ def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors
         if own:
             # Moments are of the parameter's kind; the fused AdamW's step counter is float32, on the same device.
             optimizer.state[parameter] = {
-                key: t.to(parameter.device, t.dtype if key == "step" else parameter.dtype) for key, t in own.items()
+                key: t.to(parameter.device) if key == "step" else sharding.like(parameter, t) for key, t in own.items()
             }

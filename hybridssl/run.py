@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hybridssl import lora, optim
+from hybridssl import lora, optim, sharding
 from hybridssl.backbone import Backbone, BackboneOptions, build
 from hybridssl.errors import UserError
 from hybridssl.files import sha256
@@ -103,7 +103,7 @@ def resume(run: Path, student: nn.Module, teacher: nn.Module, optimizer: torch.o
     folder = latest(run)
     tensors = read_tensors(folder)
     for prefix, model in (("student.", student), ("teacher.", teacher)):
-        model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        sharding.load(model, {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
     optim.load_named_state(optimizer, student, read_tensors(folder, "optim.safetensors"))
     return read_state(folder)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybridssl import sharding
 from hybridssl.backbone import Backbone, Crops
 from hybridssl.cnn import follow_statistics
 from hybridssl.errors import UserError
@@ -115,7 +116,8 @@ def targets(
     needed = any(o.taught for o in teacher.each().values())
     seen = [teacher.backbone(v.global_) if needed else _no_tokens(v, teacher.backbone) for v in views]
     tokens = [ViewTokens(t, views=v) for t, v in zip(seen, views, strict=True)]
-    by_name = {name: o.targets(tokens, list(batches), progress) for name, o in teacher.each().items()}
+    with sharding.gathered(teacher.each().values()):  # all at once: one may use another's head
+        by_name = {name: o.targets(tokens, list(batches), progress) for name, o in teacher.each().items()}
     return [{name: values[i] for name, values in by_name.items()} for i in range(len(batches))]
 
 
@@ -134,10 +136,9 @@ def update_teacher(teacher: Student, student: Student, momentum: float, refused:
     not have (an earlier backbone) stay as they are.
     """
     followers = dict(teacher.named_parameters())
-    # What rests (the weights under low-rank updates) is the same in both.
+    # What rests (the weights under low-rank updates) is the same in both. Sharded models have the same parts.
     pairs = [(followers[name], p) for name, p in student.named_parameters() if p.requires_grad]
-    mine: list[Tensor] = [one for one, _ in pairs]
-    theirs: list[Tensor] = [one for _, one in pairs]
+    mine, theirs = ([sharding.local(pair[i]) for pair in pairs] for i in (0, 1))
     if refused is None:
         torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
     else:  # the weight is on the device, for the host does not know yet

@@ -27,6 +27,11 @@ def with_micro_batch(recipe: Recipe, index: Index, device: torch.device, world: 
     """`recipe` with a number for `batch.micro`. Raises UserError where not even one image fits."""
     if recipe.batch.micro != "auto":
         return recipe
+    if recipe.efficiency.sharded:
+        raise UserError(
+            "batch.micro=auto tries steps with the whole model on one GPU, which efficiency.sharded=true is there to "
+            "avoid: give a number, such as batch.micro=8"
+        )
     share = recipe.batch.size // world
     if device.type != "cuda" or recipe.batch.size % world:  # what does not divide, the loop refuses
         return replace(recipe, batch=replace(recipe.batch, micro=0))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from hybridssl.checkpoint import Keep, Writer
+from hybridssl.checkpoint import Keep, Writer, assist
 from hybridssl.recipe import to_dict
 from hybridssl.run import RunState
 from hybridssl.student import Student
@@ -44,9 +44,11 @@ class Keeper:
         guard: Guard,
         best: bool = False,
     ) -> None:
-        """position: in the stream, of the next image that no process has seen."""
+        """position: in the stream, of the next image that no process has seen. All processes call it."""
         if self.writer:
             self.writer.save(self._state(step, position, guard), learner, teacher, optimizer, best)
+        else:
+            assist(learner, teacher, optimizer)
 
     def wait(self) -> None:
         """Until the checkpoint in hand is on the disk, for all processes."""
@@ -59,20 +61,12 @@ class Keeper:
         failed = self.writer.failed() if self.writer else None
         return f"warning: {failed}; the run goes on, and tries again at the next one" if failed else None
 
-    def last(
-        self,
-        step: int,
-        position: int,
-        learner: Student,
-        teacher: Student,
-        optimizer: torch.optim.Optimizer,
-        guard: Guard,
-    ) -> str | None:
+    def last(self) -> str | None:
         """Wait for the last checkpoint; where it failed, try once more. Returns what is wrong, if it failed again."""
         self.wait()
         if self.writer and self.writer.failed():
             time.sleep(AGAIN)
-            self.writer.save(self._state(step, position, guard), learner, teacher, optimizer)
+            self.writer.again()
             self.writer.wait()
             return self.writer.failed()
         return None

@@ -19,10 +19,10 @@ import timm.layers
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import AutocastKwargs, parse_flag_from_env, set_seed
 from torch import Tensor
 
-from hybridssl import dist, efficiency, optim, precision, run, student
+from hybridssl import dist, efficiency, optim, precision, run, sharding, student
 from hybridssl.cnn import synchronised
 from hybridssl.errors import UserError
 from hybridssl.recipe import differences, to_dict
@@ -71,15 +71,15 @@ def train(recipe: Recipe) -> int:
     recipe = fit.with_micro_batch(recipe, index, device, world)
     set_seed(recipe.seed)
     micro = micro_batch(recipe, world)
-    learner = build_student(recipe, index, micro, announce=accelerator.is_main_process and state is None).to(device)
-    learner = synchronised(learner)  # batch norms, where the backbone has any
+    learner = build_student(recipe, index, micro, announce=accelerator.is_main_process and state is None)
+    learner = synchronised(learner, device)  # batch norms, where the backbone has any
     teacher = student.make_teacher(learner)
     for one in (learner, teacher):
         efficiency.apply(one.backbone, recipe.efficiency)
+    model = spread(accelerator, recipe, learner, teacher)
     optimizer = optim.build(learner.backbone, learner.objectives, recipe.optim)
     if state:
         run.resume(out, learner, teacher, optimizer)
-    model = accelerator.prepare(learner)  # the student alone: the teacher needs no gradients, the loader parts itself
     step, position = (state["step"], state["data"]["position"]) if state else (0, 0)
 
     # The data: an endless stream of micro-batches, whose order is a function of the seed and the position.
@@ -90,12 +90,12 @@ def train(recipe: Recipe) -> int:
 
     # What watches, tells and keeps.
     guard = Guard(recipe.guard, device, state["guard"] if state else None)
-    probe = InLoopProbe(recipe, index) if recipe.probe.every and accelerator.is_main_process else None
+    probe = InLoopProbe(recipe, index) if recipe.probe.every else None
     log = record.Record(recipe, accelerator, out, index, step, learner)
     keeper = Keeper(recipe, accelerator, index, len(log.selected))
-    best = Best(recipe.probe.early_stop, log.lines, since=log.small)
+    best = Best(recipe.probe.early_stop, dist.of_first(lambda: log.lines), since=log.small)
     stop, watchdog = Stop(), Watchdog(60 * recipe.timeout, rank, stream.whereabouts)
-    if not dist.all_agree(not best.enough):  # it had ended early, and was started again
+    if best.enough:  # it had ended early, and was started again
         stop.reason = ENOUGH
 
     with log, garbage.by_hand(), watchdog, stop, stream:
@@ -131,8 +131,7 @@ def train(recipe: Recipe) -> int:
             still = resting(learner, recipe, progress)
             for parameter in still:
                 parameter.grad = None
-            norm = accelerator.clip_grad_norm_(model.parameters(), recipe.optim.clip)
-            assert norm is not None  # only DeepSpeed clips by itself and tells no norm
+            norm = clip(accelerator, model, recipe.optim.clip)
             # A bad step is refused on the device, where the fused AdamW reads it: asked by the host, each step would
             # wait for its end. Nothing of it stays: no weight, no average, no buffer.
             refused = guard.judge(step + 1, loss, norm, len(still), [key for batch in batches for key in batch.keys])
@@ -165,7 +164,7 @@ def train(recipe: Recipe) -> int:
             if told and (complaint := keeper.complaint()):
                 log.say(complaint)
         watchdog.beat("the last checkpoint")
-        unsaved = keeper.last(step, position, learner, teacher, optimizer, guard)
+        unsaved = keeper.last()
     return log.finish(step, stop.reason, unsaved)
 
 
@@ -230,18 +229,47 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             raise UserError(f"log.trackers: {name} is not installed; pip install {name}, or leave it out")
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # on a CPU accelerate would fall back to DDP without a word
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise UserError(f"accelerate is set to {name}, and this loop trains with DDP: launch with --multi_gpu")
+            raise UserError(
+                f"accelerate is set to {name}, and this loop spreads a model by itself: launch with --multi_gpu, and "
+                "where it does not fit on one GPU add efficiency.sharded=true"
+            )
     accelerator = Accelerator(
         mixed_precision=recipe.precision,
         log_with=list(recipe.log.trackers) or None,
         project_dir=recipe.out if recipe.log.trackers else None,
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[AutocastKwargs(cache_enabled=not recipe.efficiency.sharded)],  # see sharding.shard
     )
     if accelerator.device.type == "cpu":  # the launcher allows one thread, for it expects a GPU to do the work
         torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     # On a CPU plain matmul attention is faster than the fused kernel, whose backward is slow there (docs/log.md).
     timm.layers.set_fused_attn(accelerator.device.type == "cuda")
     return accelerator
+
+
+def spread(accelerator: Accelerator, recipe: Recipe, learner: Student, teacher: Student) -> torch.nn.Module:
+    """Both to the device; the student as the loop calls it: whole in every process (DDP), or parted (FSDP2).
+
+    accelerate sees the student alone: the teacher needs no gradients, and the loader parts itself.
+    """
+    device = accelerator.device
+    if not recipe.efficiency.sharded:
+        teacher.to(device)
+        return accelerator.prepare(learner)
+    if accelerator.num_processes == 1:
+        raise UserError(
+            "efficiency.sharded=true parts the model over several processes, and there is one: start more with "
+            "`accelerate launch --multi_gpu --num_processes N`, or leave the key out"
+        )
+    sharding.shard(learner, teacher, device)
+    return accelerator.prepare_model(learner, evaluation_mode=True)  # which means: autocast, and no DDP
+
+
+def clip(accelerator: Accelerator, model: torch.nn.Module, largest: float) -> Tensor:
+    """The norm of the gradient over all parameters, as it was before it is cut to `largest`."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), largest)
+    assert norm is not None  # only DeepSpeed clips by itself and tells no norm
+    return sharding.whole(norm)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from hybridssl import dist
 from hybridssl.backbone import Backbone
 from hybridssl.errors import UserError
 from hybridssl.probe import quick_probe
@@ -14,6 +15,8 @@ from shards.index import Index
 
 class InLoopProbe:
     """kNN and ridge probe, train split -> val split of `data.probe` (or of the training index when that is not given).
+
+    All processes take part, each with an equal share of the images, and all learn the answer.
 
     Silent (never due) when there are not two labelled classes in both splits. With `probe.keep`, the same on a general
     set, also before the first step: what a continued backbone could do already, and whether it still can.
@@ -61,5 +64,11 @@ class _Judged:
 
     def __call__(self, backbone: Backbone) -> dict[str, float]:
         labels = self.index.column("label")
-        train, val = (data.features(backbone, self.index, n, self.recipe.views) for n in (self.train, self.val))
-        return quick_probe(train, labels[self.train], val, labels[self.val])
+        train, val = (self._features(backbone, numbers) for numbers in (self.train, self.val))
+        return dist.of_first(lambda: quick_probe(train, labels[self.train], val, labels[self.val]))
+
+    def _features(self, backbone: Backbone, numbers: np.ndarray) -> np.ndarray:
+        """[N, D]. A pass of a sharded backbone needs all processes, so each makes as many, with some images again."""
+        shares = np.resize(numbers, (dist.world_size(), -(-len(numbers) // dist.world_size())))
+        mine = data.features(backbone, self.index, shares[dist.rank()], self.recipe.views)
+        return np.concatenate(dist.gather_objects(mine))[: len(numbers)]

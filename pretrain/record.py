@@ -15,7 +15,7 @@ from rich.text import Text
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from hybridssl import dist
+from hybridssl import dist, sharding
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
 from hybridssl.recipe import to_dict, to_yaml
@@ -58,9 +58,11 @@ class Record:
         self.lines = self.metrics.cut(step) if self.main else []
         self.seconds = max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
         self.alarmed: set[str] = set()
+        labels = learner.each().get("labels")  # all processes hold a part of its prototypes where they are sharded
+        prototypes = None if labels is None else sharding.whole(labels.get_parameter("weight").detach())
         if self.main:
             self.refusals.cut(step)
-            self._begin(learner, fresh=step == 0)
+            self._begin(prototypes, fresh=step == 0)
         if recipe.log.trackers:
             accelerator.init_trackers(recipe.name, config=_flat(to_dict(recipe)))
         self.console = Terminal(stderr=True)
@@ -100,15 +102,14 @@ class Record:
             raise UserError(f"profile=true needs {NEEDED} steps, and {steps} are left of this run: raise steps=")
         return Profiler(self.out / "profile")
 
-    def _begin(self, learner: Student, fresh: bool) -> None:
+    def _begin(self, prototypes: Tensor | None, fresh: bool) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / STOPPED).unlink(missing_ok=True)
         write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
         # Digests of every image the run may read: evaluation refuses a test image that is among them.
         save_file({"digest": self.index.column("digest")[self.selected]}, self.out / "pretraining.safetensors")
-        labels = learner.each().get("labels")
-        if fresh and labels is not None:
-            kept = {"initial": labels.get_parameter("weight").detach().float().cpu().numpy().copy()}
+        if fresh and prototypes is not None:
+            kept = {"initial": prototypes.float().cpu().numpy().copy()}
             if self.recipe.objectives["labels"].init == "text":  # type: ignore[attr-defined]
                 words = class_embeddings(beside(self.recipe.text, self.index.root), self.index.classes)
                 assert words is not None  # or the head could not have started from them

@@ -183,12 +183,12 @@ def test_batch_norms_are_shared_over_gpus_with_their_activation(monkeypatch: pyt
     backbone = build(DENSENET, 1, 64).eval()
     images = torch.randn(2, 1, 64, 64)
     before = backbone(images).cls
-    assert cnn.synchronised(backbone) is backbone  # one process
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert cnn.synchronised(backbone, gpu) is backbone  # one process
     assert any(type(m) is BatchNormAct2d for m in backbone.modules())
     monkeypatch.setattr(cnn, "world_size", lambda: 2)
-    assert not any(isinstance(m, nn.SyncBatchNorm) for m in cnn.synchronised(backbone).modules())  # on a CPU
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    shared = cnn.synchronised(backbone)
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in cnn.synchronised(backbone, cpu).modules())
+    shared = cnn.synchronised(backbone, gpu)
     assert isinstance(shared, Backbone)
     monkeypatch.undo()
     assert any(type(m) is SyncBatchNormAct for m in shared.modules())

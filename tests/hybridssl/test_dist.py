@@ -6,12 +6,10 @@ Run as a program, this file becomes the two processes: one import and one launch
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,13 +17,10 @@ import torch.distributed as torch_dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from hybridssl import dist, optim, student
+from hybridssl import dist, optim, sharding, student
 from hybridssl.cnn import follow_statistics
 from hybridssl.optim import OptimOptions
 from hybridssl.student import Student
@@ -60,7 +55,7 @@ def test_two_processes_equal_one_under_ddp_and_under_fsdp2(tmp_path: Path) -> No
     expected = {f"sinkhorn.{rows}": assigned(scores()) for rows in SPLITS}
     expected["running_mean"] = running_mean(scores())
     for world, even in WORLDS.items():
-        alone = train(even, lambda learner: (learner, contextlib.nullcontext))
+        alone = train(even, lambda learner, _: (learner, contextlib.nullcontext))
         expected |= {f"{how}/{world}/{name}": value for how in HOW for name, value in alone.items()}
     assert {"ddp/uneven/0/loss/dino", "fsdp/even/1/loss/pixels style=mae/pixels"} <= expected.keys()
     found = load_file(f"{store}.safetensors")
@@ -76,14 +71,14 @@ def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-12)) if one.numel() else 0.0
 
 
-def train(even: bool, wrap: Callable[[Student], Wrapped]) -> dict[str, Tensor]:
+def train(even: bool, wrap: Callable[[Student, Student], Wrapped]) -> dict[str, Tensor]:
     """Two steps of the arms that can stand such masks, as the loop makes them; double precision."""
     beside = ("dino", "ibot", "labels")
     chosen = {n: arm for n, arm in arms.arms().items() if arms.of_visible_patches(arm) is even or n in beside}
     with arms.float64():
         learner = arms.learner(chosen)
-        teacher, whole = arms.taught(learner), copy.deepcopy(learner)
-        model, waits = wrap(learner)
+        teacher = arms.taught(learner)
+        model, waits = wrap(learner, teacher)
         optimizer = optim.build(learner.backbone, learner.objectives, OPTIM)
         found: dict[str, Tensor] = {}
         for step in range(STEPS):
@@ -94,13 +89,13 @@ def train(even: bool, wrap: Callable[[Student], Wrapped]) -> dict[str, Tensor]:
             for name, parameter in learner.named_parameters():
                 if parameter.requires_grad:
                     assert parameter.grad is not None, name
-                    found[f"{step}/gradient/{name}"] = full(parameter.grad).clone()
+                    found[f"{step}/gradient/{name}"] = sharding.whole(parameter.grad).clone()
             optimizer.step()
             optimizer.zero_grad()
-            whole.load_state_dict({name: full(tensor) for name, tensor in learner.state_dict().items()})
-            student.update_teacher(teacher, whole, 0.5)
-    copies = {"student": whole, "teacher": teacher}
-    return found | {f"{who}/{name}": value for who, one in copies.items() for name, value in one.state_dict().items()}
+            student.update_teacher(teacher, learner, 0.5)
+        for who, one in {"student": learner, "teacher": teacher}.items():
+            found |= {f"{who}/{name}": sharding.whole(value.detach()) for name, value in one.state_dict().items()}
+    return found
 
 
 def micro_batches(even: bool, step: int) -> list:
@@ -111,28 +106,14 @@ def micro_batches(even: bool, step: int) -> list:
     return arms.parts(views, batch, 4)[2 * dist.rank() : 2 * dist.rank() + 2]
 
 
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def ddp(learner: Student) -> Wrapped:
+def ddp(learner: Student, teacher: Student) -> Wrapped:
     model = DistributedDataParallel(learner)
     return model, model.no_sync
 
 
-def fsdp(learner: Student) -> Wrapped:
-    mesh = init_device_mesh("cpu", (2,))
-    for block in learner.backbone.model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(learner, mesh=mesh)
-    return learner, partial(unsummed, learner)
-
-
-@contextlib.contextmanager
-def unsummed(model: FSDPModule) -> Iterator[None]:
-    model.set_requires_gradient_sync(False)
-    yield
-    model.set_requires_gradient_sync(True)
+def fsdp(learner: Student, teacher: Student) -> Wrapped:
+    sharding.shard(learner, teacher, torch.device("cpu"))
+    return learner, contextlib.nullcontext  # summed after each micro-batch: a whole gradient would not fit
 
 
 HOW = {"ddp": ddp, "fsdp": fsdp}

@@ -166,7 +166,9 @@ def test_a_text_encoder_that_cannot_be_had_is_named(tiny: list[str], tmp_path: P
 def test_sharding_by_accelerate_is_refused(tiny: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` does
     assert main([*tiny, f"out={tmp_path / 'bad'}"]) == 2
-    assert "FSDP, and this loop trains with DDP" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "FSDP, and this loop spreads a model by itself" in told
+    assert "efficiency.sharded=true" in told
     assert not (tmp_path / "bad").exists()
 
 
