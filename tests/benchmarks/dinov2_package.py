@@ -1,6 +1,6 @@
 """A package with the interface of facebookresearch/dinov2 as far as benchmarks/peers.py uses it, in a few plain lines.
 
-Written from its interface: names, arguments, shapes and what they mean. Every object notes how it was made and called.
+Written from its interface: names, arguments, shapes and what they mean. Networks are noted as they are made.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import random
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from safetensors.torch import load_file
 from hybridssl import checkpoint, export
 from pretrain import report
 from pretrain.loop import main
+from tests.pretrain.forks import ends, forked
 
 
 def die(*_: object) -> None:
@@ -66,11 +66,8 @@ POINTS: dict[str, tuple[object, str, Callable[[Callable[..., Any]], Callable[...
 
 def run(arguments: list[str], log: Path, point: str | None = None, after: int = 0) -> int:
     """A forked run; the child's process id. It dies at call number `after` of `point`."""
-    child = os.fork()
-    if child:
-        return child
-    with open(log, "a") as told, contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-        os.setsid()  # its workers are killed with it
+
+    def dying() -> int:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(report, "write", lambda folder, *_: folder / "report.html"))
             if point:
@@ -82,17 +79,9 @@ def run(arguments: list[str], log: Path, point: str | None = None, after: int = 
                     return (whole if left[0] >= 0 else breaks(whole))(*args, **more)
 
                 stack.enter_context(mock.patch.object(owner, name, sometimes))
-            code = 70
-            try:
-                code = main(arguments)
-            except BaseException:
-                traceback.print_exc()
-    os._exit(code)
+            return main(arguments)
 
-
-def ends(child: int) -> int:
-    """The exit code of a run, -9 where it was killed."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return forked(dying, log)
 
 
 def same(a: Path, b: Path) -> str:
@@ -151,12 +140,14 @@ def exports(folder: Path, seed: int) -> list[str]:
     names = sorted(p.name for p in whole.iterdir())
     for number in range(4):
         out = whole.with_name(f"killed-{number}")
-        child = os.fork()
-        if not child:
+
+        def dying(number: int = number, out: Path = out) -> int:
             write = half(export.save_file) if number == 0 else export.save_file
             with mock.patch.object(export, "save_file", write):
                 export.export(folder / "calm", out)
-            os._exit(0)
+            return 0
+
+        child = forked(dying)
         if number:
             time.sleep(chance.uniform(0, 0.5))
             with contextlib.suppress(ProcessLookupError):

@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pretrain import data
+from pretrain.batches import Batches
 from pretrain.loop import main
 from tests.pretrain.conftest import TINY
+from tests.pretrain.forks import forked
 from tests.pretrain.test_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,36 +55,23 @@ def test_a_process_that_fails_ends_the_job_with_its_own_words(
 
 def two(fault: str, port: str, arguments: list[str]) -> int:
     """0 where both ended within the timeout (and a little), neither as if all were well."""
-    children: list[int] = []
-    for rank in (0, 1):
-        child = os.fork()
-        if not child:
-            one(rank, fault, port, arguments)
-        children.append(child)
-    return both_end(children)
+    return both_end([forked(partial(one, rank, fault, port, arguments)) for rank in (0, 1)])
 
 
-def one(rank: int, fault: str, port: str, arguments: list[str]) -> None:
+def one(rank: int, fault: str, port: str, arguments: list[str]) -> int:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if rank == 1:
-        following, taken = data.Batches.__next__, []
+        following, taken = Batches.__next__, []
 
-        def third(self: data.Batches):
+        def third(self: Batches):
             taken.append(1)
             if len(taken) == 3:
                 globals()[fault]()
             return following(self)
 
-        data.Batches.__next__ = third  # type: ignore[method-assign]
-    code = 1
-    try:
-        code = main(arguments)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    os._exit(code)
+        Batches.__next__ = third  # type: ignore[method-assign]
+    return main(arguments)
 
 
 def both_end(children: list[int]) -> int:

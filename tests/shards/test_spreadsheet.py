@@ -36,7 +36,8 @@ def test_what_is_written_is_read_back(text: str) -> None:
     written = safe(text)
     assert isinstance(written, str)
     assert restored(written) == text
-    assert not written.startswith(STARTS) or float(written.replace(",", ".")) is not None
+    if written.startswith(STARTS):
+        float(written)  # a number
 
 
 def test_a_table_is_read_as_it_was_before_it_was_made_safe(tmp_path: Path, write_table: Callable[..., Path]) -> None:

@@ -1,0 +1,38 @@
+"""Runs in forked processes: what is imported once serves many, and one may die without taking the others along."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+FAILED = 70  # exit code of work that raised
+
+
+def forked(work: Callable[[], int], log: Path | None = None) -> int:
+    """The id of a child process that does `work` and exits with its code. It says what it says to the end of `log`, and
+    leads a group of its own: its workers can be killed with it."""
+    child = os.fork()
+    if child:
+        return child
+    code = FAILED
+    with contextlib.ExitStack() as stack:
+        if log is not None:
+            told = stack.enter_context(open(log, "a"))
+            stack.enter_context(contextlib.redirect_stdout(told))
+            stack.enter_context(contextlib.redirect_stderr(told))
+        os.setsid()
+        try:
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def ends(child: int) -> int:
+    """The exit code of a child, once it has ended; -9 where it was killed."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
