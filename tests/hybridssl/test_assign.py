@@ -90,3 +90,10 @@ def test_centre_stays_when_there_is_no_row() -> None:
     centre.value.fill_(2.0)
     assert torch.isfinite(centre(torch.empty(0, 5), unit(3, 5, seed=0), 0.1)).all()
     assert centre.value.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_rows_that_do_not_count_change_nothing() -> None:
+    z, weight, others = (unit(n, 6, seed=n, dtype=torch.float64) for n in (12, 7, 5))
+    both, counted = torch.cat([others, z]), torch.arange(17) >= 5
+    torch.testing.assert_close(sinkhorn(both, weight, 0.1, counted=counted), sinkhorn(z, weight, 0.1))
+    assert (sinkhorn(both, weight, 0.1) - sinkhorn(z, weight, 0.1)).abs().max() > 0.01

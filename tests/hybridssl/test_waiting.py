@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hybridssl import backbone, optim, student
 from hybridssl.backbone import BackboneOptions
-from hybridssl.colour import apply
+from hybridssl.colour import NEVER
 from hybridssl.student import Student
 from hybridssl.tower import TextTower
 from hybridssl.types import Batch, Views, sent
+from hybridssl.view_options import ViewOptions
+from hybridssl.views import render
 from pretrain.guard import Guard, GuardOptions, Unchanged
 from tests.hybridssl import arms
 from tests.hybridssl.waiting import META, Waits, nowhere_to_wait
@@ -111,12 +115,17 @@ def test_an_encoder_of_reports_does_not_wait(how: str, toys) -> None:
             found.sum().backward()
 
 
-def test_a_view_is_coloured_without_waiting() -> None:
-    crops = torch.zeros(4, 3, 8, 8, dtype=torch.uint8, device=META)
-    numbers = torch.zeros(4, 14)
-    numbers[0, -1], numbers[1:, -2] = 1.0, 2.0
+def test_views_are_rendered_without_waiting() -> None:
+    _, batch = arms.data(4)
+    numbers = torch.zeros(4, 4, 14)  # two global and two local views of four images
+    numbers[0, ::2, -1], numbers[..., -2], numbers[1, 1, -2] = 1.0, NEVER, 0.5  # some are blurred, one is inverted
+    crops = (torch.zeros(2, 4, 3, side, side, dtype=torch.uint8) for side in (32, 16))
+    whole = replace(batch, colour=numbers, clean=torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+    whole = replace(whole, **dict(zip(("global_", "local"), crops, strict=True)))
     with nowhere_to_wait():
-        apply(crops, numbers, 2.0)
+        views = render(whole.to(META), ViewOptions())
+    assert views.local is not None
+    assert views.local.shape == (8, 3, 16, 16)
 
 
 def test_the_optimiser_asks_nothing() -> None:
