@@ -67,7 +67,7 @@ ARMS = {
     "hybrid-no-domain": f"{FREED} objectives.guide.columns.domain=remove",
     "dermino": f"{FROZEN} objectives.labels.head=linear objectives.labels.kind=multi objectives.labels.view=global",
     "pixels-for-ibot": f"{FREED} objectives.ibot=null objectives.pixels.weight=1",
-    "kde-for-koleo": f"{FREED} objectives.spread.estimator=kde",
+    "kde-for-koleo": f"{FREED} objectives.spread.estimator=kde objectives.spread.group=64",
 }
 MAIN = ("random", "labels", "ssl", "hybrid-text")
 

@@ -61,6 +61,12 @@ HEALTH = (
         "text_pairs). It rises from chance; close to 1 early on, the reports are few or give themselves away.",
     ),
     (
+        "Labelled by the teacher",
+        {"": "health/pseudo_labelled"},
+        "Share of the images without a label of whose class the teacher is sure enough (objectives.labels."
+        "pseudo_above). It rises as labels are learnt; close to 1 early on, the teacher is too sure.",
+    ),
+    (
         "Gradient norm",
         {"": "grad_norm"},
         "Before clipping. Single spikes are clipped and harmless; a climb over thousands of steps is not.",

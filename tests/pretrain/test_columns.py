@@ -103,4 +103,5 @@ def test_a_guided_run_is_the_same_in_micro_batches(tiny: list[str], tmp_path: Pa
         assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
     line = json.loads((tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0 < line["health/pseudo_labelled"] <= 1
+    assert "Labelled by the teacher" in (tmp_path / "whole" / "report.html").read_text()
     assert torch.isfinite(torch.tensor(list(whole[1].values()))).all()
