@@ -12,12 +12,11 @@ An arm is a backbone pretrained with one set of objectives on the train split, o
 - HAM10000 test: IoU of a linear head on the patches against the lesion masks.
 
 Their mean is the composite. Beside it stand the seconds and the images of each arm's training, for arms that show as
-many images in less time (`ssl-curriculum`); only arms that had the machine for themselves can be compared so.
-Differences between arms are paired over lesions and patients, p-values adjusted for their number (Holm). With two seeds
-or more, the noise threshold is twice the standard deviation of the composite between seeds: a smaller difference is not
-shown. Everything is cached, so an interrupted benchmark goes on where it was; arms that were never run are not in the
-results.
-Data and work folder: benchmarks/sets.py. Results:
+many images in less time (`ssl-curriculum`, `ssl-left-out`, `ssl-faster`); only arms that had the machine for themselves
+can be compared so. Differences between arms are paired over lesions and patients, p-values adjusted for their number
+(Holm). With two seeds or more, the noise threshold is twice the standard deviation of the composite between seeds: a
+smaller difference is not shown. Everything is cached, so an interrupted benchmark goes on where it was; arms that were
+never run are not in the results. Data and work folder: benchmarks/sets.py. Results:
 benchmarks/results/budget-SIZE.json (budget-SIZE-labels-F.json for another share of the labels).
 """
 
@@ -61,6 +60,8 @@ ARMS = {
     " stream.labelled_fraction=1",
     "ssl": SSL,
     "ssl-curriculum": f"{SSL} views.curriculum=0.75",
+    "ssl-left-out": f"{SSL} views.left_out=0.5",
+    "ssl-faster": f"{SSL} views.curriculum=0.75 views.left_out=0.5",
     "hybrid-text": FREED,
     "hybrid-random": "objectives.labels.init=random",
     "hybrid-text-frozen": FROZEN,

@@ -49,6 +49,12 @@ def draw_mask(rng: np.random.Generator, grid: tuple[int, int], count: int, shape
     return _blocks(rng, grid, count)
 
 
+def draw_left_out(rng: np.random.Generator, grid: tuple[int, int], share: float) -> np.ndarray:
+    """A bool mask [h * w] with `share` of the patches, single ones and never all, that are not shown."""
+    patches = grid[0] * grid[1]
+    return draw_mask(rng, grid, min(round(share * patches), patches - 1), "random")
+
+
 def _rectangle(rng: np.random.Generator, grid: tuple[int, int], count: int) -> np.ndarray:
     """bool [h * w], True in one rectangle of `count` patches, its last column cut short where they do not fill it.
 

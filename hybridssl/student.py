@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridssl import sharding
+from hybridssl import sharding, short
 from hybridssl.backbone import Backbone, Crops
 from hybridssl.cnn import follow_statistics
 from hybridssl.errors import UserError
@@ -41,7 +41,7 @@ class Student(nn.Module):
         self, views: Views, targets: dict[str, Any], batch: Batch, progress: float, watch: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The unweighted losses of a micro-batch, `objective` or `objective/part`; to `watch`, signs of health too."""
-        tokens = self.look(views, batch.masks.flatten(0, 1), batch.unmasked)
+        tokens = self.look(views, batch.masks.flatten(0, 1), batch.unmasked, batch if batch.short else None)
         losses, health = {}, {}
         for name, objective in self.each().items():
             for part, loss in objective(tokens, targets[name], batch, progress).items():
@@ -55,9 +55,11 @@ class Student(nn.Module):
             health["health/rankme"] = rankme(features.detach().float())
         return losses, health
 
-    def look(self, views: Views, masks: Tensor | None = None, unmasked: int | None = None) -> ViewTokens:
+    def look(
+        self, views: Views, masks: Tensor | None = None, unmasked: int | None = None, shortened: Batch | None = None
+    ) -> ViewTokens:
         """Tokens of the views that the objectives use. masks: bool [2B, P], patches of the global views to hide;
-        unmasked: see `Batch.unmasked`.
+        unmasked: see `Batch.unmasked`; shortened: the batch, where some of its global views leave patches out.
 
         Global and clean views have one size and lie together; views that nobody uses cost nothing and have 0 rows.
         """
@@ -69,12 +71,16 @@ class Student(nn.Module):
         shown = {name: images for name, images in whole.items() if name in self.views and images is not None}
         if shown:
             crops["whole"] = Crops(torch.cat(list(shown.values())), _hidden(shown, hiding))
+            if shortened is not None and "global" in shown:
+                crops |= short.parted(crops.pop("whole"), shortened)
         elif not crops:  # tokens that hang on the graph nevertheless, or DDP waits for the backbone's gradients
             crops["nothing"] = Crops(views.global_[:1])
         if "local" in self.views and views.local is not None:
             crops["local"] = Crops(views.local)
         seen = dict(zip(crops, self.backbone.see(list(crops.values())), strict=True))
-        tokens = seen["whole"] if shown else next(iter(seen.values()))[:0]
+        tokens = seen["whole"] if "whole" in seen else next(iter(seen.values()))[:0]
+        if shortened is not None and "short" in seen:
+            tokens = short.joined(seen, shortened)
         split = len(shown.get("global", ()))
         return ViewTokens(tokens[:split], seen.get("local"), tokens[split:], views, seen.get("visible"))
 

@@ -78,6 +78,10 @@ class Batch:
     clean_of: Tensor | None = None  # int64 [B']: the image that each clean view is of; None: one of each, in order
     places: Tensor | None = None  # int64 [M]: see `hidden`
     unmasked: int | None = None  # V: patches that each global view shows, where all show as many and the host knows it
+    left_out: Tensor | None = None  # bool [2, B, P]: patches that the student is not shown; none of a masked view
+    order: Tensor | None = None  # int64 [2B]: the global views, those that leave patches out last
+    short: int = 0  # how many these are
+    kept: int = 0  # patches that each of these shows
     meta: Tensor | None = None  # float32 [B, M]: one value a `Column`, NaN where it is missing
     text: list[str] = field(default_factory=list)  # a report or "" per image
     keys: list[str] = field(default_factory=list)
@@ -93,22 +97,27 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """All but `colour` on `device`. The host waits for neither this nor, later, what it must know of the masks."""
-        self = self._counted()
+        self = self.counted()
         moved = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "colour"}
         moved = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:  # the DataLoader calls it by this name
-        self = self._counted()  # first, so that this is pinned too
+        self = self.counted()  # first, so that this is pinned too
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.pin_memory() for k, v in pinned.items() if isinstance(v, Tensor)})
 
-    def _counted(self) -> Batch:
-        """With `places` and `unmasked`, while the masks are still on the host."""
+    def counted(self) -> Batch:
+        """With `places`, `unmasked` and the order of views, while the masks are still on the host."""
         if self.places is not None:
             return self
         counts = (~self.masks).sum(dim=-1).unique().tolist()
-        return replace(self, places=self.hidden, unmasked=counts[0] if len(counts) == 1 else None)
+        known = replace(self, places=self.hidden, unmasked=counts[0] if len(counts) == 1 else None)
+        if self.left_out is None:
+            return known
+        missing = self.left_out.flatten(0, 1).sum(dim=1)
+        order, short = (missing > 0).byte().argsort(stable=True), int((missing > 0).sum())
+        return replace(known, order=order, short=short, kept=self.left_out.shape[2] - int(missing.max()))
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -36,6 +36,9 @@ class ViewOptions:
     mask_probability: float = 0.5  # share of the global views that are masked
     mask_ratio: tuple[float, float] = (0.1, 0.5)  # share of such a view's patches
     mask_shape: Shape = "block"  # random: single patches (MAE); inverse_block: all but one rectangle (CAPI)
+    # share of the patches that the student is not shown at all of global views without a mask; 0: it sees these whole.
+    # MSN (2204.07141) leaves out .15 (ViT-S) to .7 (ViT-L)
+    left_out: float = 0.0
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # per channel, in 0..1; one number serves all channels
     std: tuple[float, ...] = (0.229, 0.224, 0.225)  # likewise
 
@@ -48,6 +51,7 @@ class ViewOptions:
             need(name, getattr(self, name) >= 1, "use a size in pixels")
         need("local_count", self.local_count >= 0, "use 0 or more")
         need("curriculum", 0 <= self.curriculum < 1, "use a share of the run below 1, so that it ends at full size")
+        need("left_out", 0 <= self.left_out < 1, "use a share of the patches below 1")
         for name in ("hflip", "vflip", "jitter", "grayscale", "solarize", "mask_probability"):
             need(name, 0 <= getattr(self, name) <= 1, "use a probability, 0 to 1")
         for name in ("brightness", "contrast", "saturation", "hue"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hybridssl import colour
 from hybridssl.errors import UserError
-from hybridssl.masks import draw_mask, mask_counts
+from hybridssl.masks import draw_left_out, draw_mask, mask_counts
 from hybridssl.types import Batch, Views
 from hybridssl.view_options import ViewOptions
 
@@ -35,6 +35,7 @@ class Crops:
     clean: np.ndarray | None  # uint8 [C, G, G]
     colour: np.ndarray  # float32 [2 + L, Q]; the layout is in colour.py
     masks: np.ndarray  # bool [2, P]
+    left_out: np.ndarray | None  # bool [2, P]
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,14 @@ def crop(
     parameters = colour.draw(rng, np.concatenate([channel_means(global_), channel_means(local)]), options)
     counts = mask_counts(position, grid[0] * grid[1], options.mask_probability, options.mask_ratio)
     masks = np.stack([draw_mask(rng, grid, count, options.mask_shape) for count in counts])
-    mild = None
+    mild = left_out = None
     if clean:  # drawn last, so that asking for it changes no other view
         top, left, side = draw_clean_box(rng, height, width, options.clean_scale)
         square = image[top : top + side, left : left + side]
         mild = planes([flip(resize(square, options.global_size), rng, options)], options.global_size, channels)[0]
-    return Crops(global_=global_, local=local, clean=mild, colour=parameters, masks=masks)
+    if options.left_out:  # likewise
+        left_out = np.stack([draw_left_out(rng, grid, 0 if count else options.left_out) for count in counts])
+    return Crops(global_=global_, local=local, clean=mild, colour=parameters, masks=masks, left_out=left_out)
 
 
 def draw_box(
@@ -160,6 +163,7 @@ def collate(items: Sequence[Item]) -> Batch:
     """B items -> Batch, views outermost. Runs in the worker."""
     crops = [item.crops for item in items]
     mild = [(i, c.clean) for i, c in enumerate(crops) if c.clean is not None]
+    left_out = [c.left_out for c in crops if c.left_out is not None]
     stack = np.stack([view for _, view in mild]) if mild else np.zeros((0, *crops[0].global_.shape[1:]), np.uint8)
     return Batch(
         global_=torch.from_numpy(np.stack([c.global_ for c in crops], 1)),
@@ -167,6 +171,7 @@ def collate(items: Sequence[Item]) -> Batch:
         clean=torch.from_numpy(stack),
         colour=torch.from_numpy(np.stack([c.colour for c in crops], 1)),
         masks=torch.from_numpy(np.stack([c.masks for c in crops], 1)),
+        left_out=torch.from_numpy(np.stack(left_out, 1)) if left_out else None,
         labels=torch.from_numpy(np.stack([item.labels for item in items])),
         source=torch.tensor([item.source for item in items], dtype=torch.int64),
         labelled=torch.tensor([item.labelled for item in items], dtype=torch.bool),
@@ -175,7 +180,7 @@ def collate(items: Sequence[Item]) -> Batch:
         text=[item.text for item in items],
         keys=[item.key for item in items],
         bad=[entry for item in items for entry in item.bad],
-    )
+    ).counted()
 
 
 @torch.no_grad()

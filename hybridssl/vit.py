@@ -144,7 +144,10 @@ class Backbone(nn.Module):
     def _others(self, mask: Tensor, unmasked: int | None) -> Tensor:
         """bool [N, P] -> the places [N, V] of the patches that are not hidden."""
         if not self._droppable:
-            raise UserError(f"{type(self.model).__name__} cannot leave out patches: use objectives.pixels.style=simmim")
+            raise UserError(
+                f"{type(self.model).__name__} cannot leave out patches: use views.left_out=0 and "
+                "objectives.pixels.style=simmim"
+            )
         unmasked = _unmasked(mask) if unmasked is None else unmasked
         return mask.byte().argsort(dim=1, stable=True)[:, :unmasked]
 

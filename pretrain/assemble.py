@@ -50,6 +50,13 @@ def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = Fal
         pooling=recipe.text.pooling,
     )
     learner = Student(backbone, build_objectives(recipe.objectives, context))
+    if recipe.views.left_out:
+        whole = [f"objectives.{name}" for name, o in learner.each().items() if o.whole]
+        if whole or not backbone.maskable:
+            why = (
+                f"{', '.join(whole)} reads all patches" if whole else f"{recipe.backbone.name} sees whole images alone"
+            )
+            raise UserError(f"views.left_out={recipe.views.left_out}, but {why}: set views.left_out=0")
     if "visible" in learner.views:
         if not recipe.views.hides_equally(context.patches):
             raise UserError(backbones.UNEQUAL)

@@ -61,12 +61,16 @@ class Step:
     bottleneck: int
     masked: float = 0.15  # share of the patches of the global views that is hidden (half the views, .1-.5 of each)
     clean: float = 0.0  # share of the images that have a mild view too
+    short: float = 0.0  # share of the global views that leave patches out, and
+    left_out: float = 0.0  # the share of their patches that they leave out
     item: int = 4  # bytes of an activation; 2 under bf16
     fused: bool = False  # attention keeps no matrix (CUDA)
 
     def views(self) -> Iterator[tuple[int, float]]:
         """(tokens, how many such views an image has) of what the student sees."""
-        yield self.network.tokens(self.global_size), 2 + self.clean
+        whole = self.network.tokens(self.global_size)
+        yield whole, 2 * (1 - self.short) + self.clean
+        yield whole - round(self.left_out * (whole - self.network.prefix)), 2 * self.short
         yield self.network.tokens(self.local_size), self.local_count
 
     def rows(self) -> float:

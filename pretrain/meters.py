@@ -150,6 +150,8 @@ def work(recipe: Recipe, learner: Student, channels: int) -> dict[int, float]:
         hidden=max((o.hidden for o in heads), default=0),
         bottleneck=max((o.bottleneck for o in heads), default=0),
         masked=recipe.views.mask_probability * (low + high) / 2 if learner.masked else 0.0,
+        short=1 - recipe.views.mask_probability if recipe.views.left_out else 0.0,
+        left_out=recipe.views.left_out,
         clean=recipe.stream.labelled_fraction if "clean" in learner.views else 0.0,
     )
     sizes = curriculum(recipe, net.patch)

@@ -79,6 +79,7 @@ class Objective(nn.Module):
 
     views: frozenset[str] = frozenset({"global"})  # of global, local, clean, visible: what `forward` reads
     masked: bool = False  # whether it needs patches of the global views to be hidden
+    whole: bool = False  # whether it reads patches of global views that nobody hides: then none may be left out
     taught: bool = False  # whether `targets` looks at the teacher's tokens; if no objective does, they are not computed
     expects: str = ""  # one plain sentence for the report: what the curve does when all is well
 

@@ -26,6 +26,7 @@ class Anchor(Reference):
     saw it.
     """
 
+    whole = True
     expects = (
         "Starts near 0 where no patch is hidden, for the start is the student itself, and rises while the student "
         "learns; the higher it settles, the further features have moved. Raise its weight to keep more."

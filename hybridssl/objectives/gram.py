@@ -36,6 +36,7 @@ class Gram(Reference):
     """
 
     options: Options
+    whole = True
     expects = "Zero until it starts, then small and slowly rising until the next refresh brings it down."
 
     def __init__(self, options: Options, context: Context) -> None:

@@ -218,6 +218,25 @@ def test_the_clean_view_changes_no_other_view() -> None:
     assert all(np.array_equal(getattr(with_clean, n), getattr(without, n)) for n in vars(without) if n != "clean")
 
 
+def test_what_is_left_out_is_drawn_beside_the_masks_and_changes_nothing_else() -> None:
+    image, options = photograph(80, 90), replace(SMALL, left_out=0.4, mask_probability=0.5)
+    masked, unmasked = 0, 0
+    for position in range(20):
+        with_it = crop(image, generator(0, 0, position), options, 8, position)
+        without = crop(image, generator(0, 0, position), replace(options, left_out=0.0), 8, position)
+        assert without.left_out is None
+        assert all(np.array_equal(getattr(with_it, n), getattr(without, n)) for n in vars(without) if n != "left_out")
+        assert with_it.left_out is not None
+        for mask, left_out in zip(with_it.masks, with_it.left_out, strict=True):
+            masked, unmasked = masked + mask.any(), unmasked + (not mask.any())
+            assert left_out.sum() == (0 if mask.any() else 6)  # of 16
+    assert masked + unmasked == 40
+    assert min(masked, unmasked) > 15
+    everything = crop(image, generator(0, 0, 0), replace(options, left_out=0.99, mask_probability=0), 8, 0)
+    assert everything.left_out is not None
+    assert everything.left_out.sum(1).tolist() == [15, 15]  # one is always shown
+
+
 # batches and rendering
 
 
@@ -354,6 +373,7 @@ def test_whether_all_views_hide_as_many_patches() -> None:
     [
         ("hflip", 1.5),
         ("curriculum", 1.0),
+        ("left_out", 1.0),
         ("global_scale", (0.9, 0.1)),
         ("blur", (1.0, 0.1)),
         ("std", (0.2, 0.0)),

@@ -58,6 +58,9 @@ def test_work_is_what_torch_counts(tiny: list[str]) -> None:
     small, reckoned = counted([*tiny, *LARGER, "views.curriculum=0.5"])  # a run begins with half-size crops
     assert 0.85 * small < reckoned < 1.02 * small
     assert reckoned < said / 2.5
+    shorter, less = counted([*tiny, *LARGER, "views.left_out=0.5"])
+    assert 0.85 * shorter < less < 1.02 * shorter
+    assert less < 0.95 * said
     alone, without = counted([*tiny, *dino, "objectives.ibot=null"])
     assert 0.85 * alone < without < 1.02 * alone
     assert without < said

@@ -30,7 +30,7 @@ MASKED = ["views.mask_probability=1", "views.mask_ratio=[0.75, 0.75]", "views.ma
 RECIPES = {
     "demo": [],
     "continued": CONTINUED,  # the only one with weights to begin with
-    "curriculum": ["views.curriculum=0.5"],
+    "curriculum": ["views.curriculum=0.5", "views.left_out=0.5"],
     "mae": [*WITHOUT, *MASKED, "objectives.pixels={style: mae, width: 32, depth: 1}"],  # and labels of few views
     "guided": [*WITHOUT, "objectives.guide.columns={age: keep, source: remove, localization: keep prototypes}"],
 }
