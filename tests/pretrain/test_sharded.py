@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch import nn
 
 from hybridssl import sharding
 from pretrain import report
@@ -49,6 +51,7 @@ def begun(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["sharded", "whole-on", "sharded-on"])
 def test_a_sharded_run_is_that_of_whole_models(name: str, begun: Path) -> None:
@@ -60,6 +63,8 @@ def test_a_sharded_run_is_that_of_whole_models(name: str, begun: Path) -> None:
         assert one["probe/knn"] == pytest.approx(other["probe/knn"], abs=0.1)  # of few images
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_one_process_goes_on_with_what_two_began(begun: Path, index: Path, tmp_path: Path) -> None:
     half(begun / "sharded", tmp_path / "one")
     with mock.patch.object(report, "write", lambda run, *_: run / "report.html"):
@@ -88,7 +93,7 @@ HOW = {
     "compiled": ["efficiency.compile=true", "efficiency.checkpoint=true"],
     "bf16": ["precision=bf16"],
 }
-LOOSE = {"bf16": 0.05, "compiled": 1e-3}
+LOOSE = {"bf16": 0.05}
 
 
 @pytest.mark.slow
@@ -100,7 +105,7 @@ def test_all_that_a_recipe_may_ask_for_is_the_same_sharded(index: Path, weights:
         for name, keys in HOW.items()
         for end, more in (("-whole", []), ("-sharded", [SHARDED]))
     ]
-    two(table)
+    two(table, "traced")
     for name in HOW:
         alike(tmp_path / f"{name}-sharded", tmp_path / f"{name}-whole", LOOSE.get(name, ROUNDING))
 
@@ -109,7 +114,7 @@ def test_all_that_a_recipe_may_ask_for_is_the_same_sharded(index: Path, weights:
 @pytest.mark.timeout(600)
 def test_a_step_that_is_bad_in_one_part_is_refused_in_all(index: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    two([[*TINY, SHARDED, f"data.train={index}", f"out={out}", "save.every=1", "save.keep=9"]], "poisoned")
+    two([[*TINY, SHARDED, f"data.train={index}", f"out={out}", "save.keep=9"]], "poisoned")
     assert [line["skipped"] for line in lines(out)] == [0, 0, 1, 0]
     before, bad, after = (tensors(out, step) for step in (2, 3, 4))
     student = [key for key in before if key.startswith("student.")]
@@ -177,7 +182,7 @@ def two(runs: Sequence[Sequence[str]], fault: str = "", codes: Sequence[int] = (
 
 def one_of_two(rank: int, fault: str, table: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    FAULTS.get(fault, lambda _: None)(rank)
+    FAULTS.get(fault, lambda _: None)(rank)  # what is patched stays: the process ends with these runs
     with mock.patch.object(report, "write", lambda run, *_: run / "report.html"):
         for port, *arguments in json.loads(table):
             os.environ["MASTER_PORT"] = port  # a run ends with its process group
@@ -197,6 +202,7 @@ def poisoned(rank: int) -> None:
         return clip(self, parameters, *rest)
 
     Accelerator.clip_grad_norm_ = clipped  # type: ignore[method-assign]
+    Keeper.due = lambda *_: True  # type: ignore[method-assign]  # after a bad step, too
 
 
 def killed(rank: int) -> None:
@@ -216,7 +222,12 @@ def killed(rank: int) -> None:
     Keeper.save, Stop.share = saved, shared  # type: ignore[method-assign]
 
 
-FAULTS = {"poisoned": poisoned, "killed": killed}
+def traced(rank: int) -> None:
+    """Blocks are traced and cut into graphs as ever, but no code is generated: that takes minutes."""
+    nn.Module.compile = partialmethod(nn.Module.compile, backend="aot_eager")  # type: ignore[method-assign]
+
+
+FAULTS = {"poisoned": poisoned, "killed": killed, "traced": traced}
 
 
 if __name__ == "__main__":
