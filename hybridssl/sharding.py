@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +23,29 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hybridssl import dist
 from hybridssl.backbone import Backbone
 
-if TYPE_CHECKING:
-    from hybridssl.student import Student
 
-
-def shard(learner: Student, teacher: Student, device: torch.device) -> None:
-    """Part both over all processes, in place; they may lie on the CPU until then, and need never be whole on `device`.
+def shard(learner: nn.Module, teacher: nn.Module, device: torch.device) -> None:
+    """Part two `Student`s over all processes, in place. They may lie on the CPU until then, never whole on `device`.
 
     Names of weights stay; their objects do not, so an optimiser comes after. All processes call it. Weights are sent in
     float32 and autocast rounds them, as it does without sharding; its cache would keep them whole, so turn that off.
     """
     mesh = init_device_mesh(device.type, (dist.world_size(),))
-    for unit in (*_blocks(learner.backbone), learner):  # the rest is one unit: all happens in the student's `forward`
-        fully_shard(unit, mesh=mesh)
+    for backbone in _backbones(learner):
+        for block in _blocks(backbone):
+            fully_shard(block, mesh=mesh)
+    fully_shard(learner, mesh=mesh)  # the rest is one unit: all happens in the student's `forward`
 
     # The teacher's parts are called one by one, so each is a unit of its own, and parted again as soon as it has run.
-    backbones = [part for part in teacher.modules() if isinstance(part, Backbone)]  # and what anchors hold on to
-    for backbone in backbones:
+    for backbone in _backbones(teacher):  # and what anchors hold on to
         for unit in (*_blocks(backbone), backbone):
             fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    for objective in teacher.each().values():
+    for objective in teacher.get_submodule("objectives").children():
         fully_shard(objective, mesh=mesh)  # see `gathered`
+
+
+def _backbones(model: nn.Module) -> list[Backbone]:
+    return [part for part in model.modules() if isinstance(part, Backbone)]
 
 
 def _blocks(backbone: Backbone) -> list[nn.Module]:
