@@ -6,6 +6,7 @@ docs/log.md is a diary of what was true on its day, and is left out.
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import re
@@ -13,9 +14,11 @@ import shlex
 import struct
 import subprocess
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -83,10 +86,29 @@ def test_every_command_is_one_that_its_door_understands(page: str, command: str)
     elif module == "finetune":
         if rest[0] != "centroid":  # which add-an-evaluation.md adds: below
             finetune_door.parser(rest[0]).parse_args(rest)
+    elif module.startswith("benchmarks."):
+        with pytest.raises(Understood):
+            understand(module, rest)
     elif module == "pytest":
         assert all((ROOT / path).is_file() for path in rest)
     else:
         assert module in ("pip", "http.server"), f"{page}: {command}"
+
+
+class Understood(Exception):
+    pass
+
+
+def understand(module: str, arguments: list[str]) -> None:
+    """Raises Understood once the benchmark's own parser has taken the arguments; SystemExit where it refuses them."""
+    parse = ArgumentParser.parse_args
+
+    def parse_and_stop(parser: ArgumentParser) -> None:
+        parse(parser, arguments)
+        raise Understood
+
+    with mock.patch.object(ArgumentParser, "parse_args", parse_and_stop):
+        importlib.import_module(module).main()
 
 
 def recipe_of(arguments: list[str]) -> None:
@@ -214,7 +236,7 @@ def test_figures_were_measured() -> None:
     written = re.findall(r"[+-]?\d\.\d{3} \[[^\]]+\]", " ".join(" ".join(PAGES.values()).split()))
     assert len(written) > 20
     assert set(written) <= known
-    assert f"about {cost.PER_PARAMETER} bytes for\neach parameter" in PAGES["operations.md"]
+    assert f"about {cost.PER_PARAMETER} bytes for each parameter" in " ".join(PAGES["operations.md"].split())
 
 
 def test_figures_stand_in_their_own_cells() -> None:
