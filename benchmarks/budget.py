@@ -32,8 +32,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import sets
-from benchmarks.common import machine, write_results
-from finetune.metrics import balanced_accuracy
+from benchmarks.common import drawn, machine, write_results
 from finetune.resample import Draws, holm, resample
 from finetune.results import Result, read
 from pretrain.journal import Journal
@@ -217,8 +216,7 @@ def one(name: str, result: Result) -> Draws:
         values = arrays["iou"].mean(0)[:, 0].astype(np.float64)
         known = np.isfinite(values)
         return resample({name: lambda w: w @ values[known] / w.sum(1)}, arrays["group"][known])[name]
-    y, scores = arrays["y"], arrays["scores"][0]
-    return resample({name: lambda w: balanced_accuracy(y, scores, w)}, arrays["group"])[name]
+    return drawn(result)
 
 
 def mean_of(figures: Mapping[str, Draws]) -> Draws:

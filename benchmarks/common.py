@@ -1,4 +1,4 @@
-"""What every result file says besides its figures: on which machine, at which commit, with which versions."""
+"""What result files share: on which machine, at which commit, with which versions; and the figure they compare by."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from finetune.metrics import balanced_accuracy
+from finetune.resample import Draws, resample
+from finetune.results import Result
+
 RESULTS = Path(__file__).parent / "results"
+
+
+def drawn(result: Result) -> Draws:
+    """Balanced accuracy of a result, the mean of its seeds, with its resamples of the test groups."""
+    arrays = result.predictions()
+    y, scores = arrays["y"], arrays["scores"]
+    return resample({"": lambda w: np.mean([balanced_accuracy(y, s, w) for s in scores], axis=0)}, arrays["group"])[""]
 
 
 def machine() -> dict[str, Any]:
