@@ -6,31 +6,23 @@ accelerate launch pretrain recipe=derm-s data.train=data/derm out=runs/derm-s
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import timm.layers
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import AutocastKwargs, parse_flag_from_env, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import Tensor
 
-from hybridssl import dist, efficiency, optim, precision, run, sharding, student
+from hybridssl import dist, efficiency, optim, run, sharding, student
 from hybridssl.cnn import synchronised
 from hybridssl.errors import UserError
-from hybridssl.recipe import differences, to_dict
 from hybridssl.schedule import cosine, ramp
 from hybridssl.student import Student
 from hybridssl.views import render
 from pretrain import command, data, fit, garbage, record, usage
-from pretrain import recipe as recipes
 from pretrain.assemble import build_student
 from pretrain.batches import Batches
 from pretrain.best import Best
@@ -38,10 +30,10 @@ from pretrain.guard import Diverged, Guard, Unchanged
 from pretrain.keeper import Keeper
 from pretrain.probe import InLoopProbe
 from pretrain.recipe import Recipe
+from pretrain.start import check, spread, start_accelerator, with_precision
 from pretrain.stop import ENOUGH, Stop
 from pretrain.watchdog import Watchdog
 from shards.errors import DataError
-from shards.index import Index
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -188,81 +180,6 @@ def go_back(
     guard.back_to(checkpoint, state["guard"])
     log.back(state["step"], f"{guard.options.patience} steps in a row were refused: back to {checkpoint}, other images")
     return state["step"]
-
-
-def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
-    """The state to resume from, or None for a new run. Raises UserError when `out` holds something else."""
-    if not run.checkpoints(out):
-        return None
-    if recipe.resume == "never":
-        raise UserError(f"{out} holds a run already, and resume=never: choose another out=...")
-    state = run.read_state(out)
-    chosen = ("precision",) if recipe.precision == "auto" else ()  # by the machine that the run began on
-    more = ("steps",) if recipe.steps >= state["recipe"]["steps"] else ()  # its schedules are shares of the run
-    changed = differences(state["recipe"], to_dict(recipe), ignore=(*recipes.MAY_CHANGE, *chosen, *more))
-    if changed:
-        raise UserError(
-            f"{out} is a run of another recipe; these keys differ:\n  " + "\n  ".join(changed) + "\n"
-            "Give the run another folder with out=..., or repeat the old values to go on with it"
-        )
-    if state["data"]["index_sha256"] != index.sha256:
-        raise UserError(f"{index} is not what {out} was trained on (its index changed); use another out=...")
-    return state
-
-
-def with_precision(recipe: Recipe, state: Mapping[str, Any] | None) -> Recipe:
-    """`recipe` with its precision: of `auto` what the run began with, else what is faster on this device."""
-    chosen = state["recipe"]["precision"] if state and recipe.precision == "auto" else recipe.precision
-    # This starts the group of processes, as Accelerator would, but with our patience for one that hangs.
-    limit = timedelta(minutes=recipe.timeout)
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=limit).device
-    if chosen == "auto":  # all of them must choose alike
-        assert device is not None  # from here on
-        chosen = "bf16" if dist.all_agree(precision.faster_in_bf16(device)) else "no"
-    return replace(recipe, precision=chosen)
-
-
-def start_accelerator(recipe: Recipe) -> Accelerator:
-    available = {str(getattr(name, "value", name)) for name in get_available_trackers()}
-    for name in recipe.log.trackers:  # accelerate itself would leave out a missing one without a word
-        if name not in available:
-            raise UserError(f"log.trackers: {name} is not installed; pip install {name}, or leave it out")
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):  # on a CPU accelerate would fall back to DDP without a word
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
-            raise UserError(
-                f"accelerate is set to {name}, and this loop spreads a model by itself: launch with --multi_gpu, and "
-                "where it does not fit on one GPU add efficiency.sharded=true"
-            )
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision,
-        log_with=list(recipe.log.trackers) or None,
-        project_dir=recipe.out if recipe.log.trackers else None,
-        step_scheduler_with_optimizer=False,
-        kwargs_handlers=[AutocastKwargs(cache_enabled=not recipe.efficiency.sharded)],  # see sharding.shard
-    )
-    if accelerator.device.type == "cpu":  # the launcher allows one thread, for it expects a GPU to do the work
-        torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    # On a CPU plain matmul attention is faster than the fused kernel, whose backward is slow there (docs/log.md).
-    timm.layers.set_fused_attn(accelerator.device.type == "cuda")
-    return accelerator
-
-
-def spread(accelerator: Accelerator, recipe: Recipe, learner: Student, teacher: Student) -> torch.nn.Module:
-    """Both to the device; the student as the loop calls it: whole in every process (DDP), or parted (FSDP2).
-
-    accelerate sees the student alone: the teacher needs no gradients, and the loader parts itself.
-    """
-    device = accelerator.device
-    if not recipe.efficiency.sharded:
-        teacher.to(device)
-        return accelerator.prepare(learner)
-    if accelerator.num_processes == 1:
-        raise UserError(
-            "efficiency.sharded=true parts the model over several processes, and there is one: start more with "
-            "`accelerate launch --multi_gpu --num_processes N`, or leave the key out"
-        )
-    sharding.shard(learner, teacher, device)
-    return accelerator.prepare_model(learner, evaluation_mode=True)  # which means: autocast, and no DDP
 
 
 def clip(accelerator: Accelerator, model: torch.nn.Module, largest: float) -> Tensor:
