@@ -89,7 +89,8 @@ HOW = {
     "lora": ["backbone.lora=2", "optim.layer_decay=0.7", "objectives.anchor.weight=1"],  # and weights to begin with
     "resting": ["optim.heads_first=0.5"],
     "convolutional": DENSENET,
-    "eva": ["backbone.name=vit_small_patch16_dinov3"],
+    # Its features are all alike at first, and KoLeo takes the logarithm of the rounding between them.
+    "eva": ["backbone.name=vit_small_patch16_dinov3", "objectives.spread=null"],
     "compiled": ["efficiency.compile=true", "efficiency.checkpoint=true"],
     "bf16": ["precision=bf16"],
 }
