@@ -78,6 +78,19 @@ def lightly(setting: Setting, device: torch.device) -> Step:
     return step
 
 
+def _transformer(setting: Setting) -> dict[str, Any]:
+    """Arguments of DINOv2's transformer, of which lightly-train has a copy."""
+    return {
+        "img_size": setting.global_size,
+        "patch_size": setting.patch,
+        "embed_dim": setting.embed,
+        "depth": setting.depth,
+        "num_heads": setting.heads,
+        "init_values": 1e-5,
+        "block_chunks": 0,
+    }
+
+
 def lightly_train(setting: Setting, device: torch.device) -> Step:
     """The `dinov2` method of lightly-train, its own step and backbone, with Sinkhorn and separate heads like ours."""
     os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"  # no telemetry
@@ -91,15 +104,7 @@ def lightly_train(setting: Setting, device: torch.device) -> Step:
         from lightly_train._models.embedding_model import EmbeddingModel
 
     torch.manual_seed(0)
-    net = DinoVisionTransformer(
-        img_size=setting.global_size,
-        patch_size=setting.patch,
-        embed_dim=setting.embed,
-        depth=setting.depth,
-        num_heads=setting.heads,
-        init_values=1e-5,
-        block_chunks=0,
-    )
+    net = DinoVisionTransformer(**_transformer(setting))
     args = DINOv2Args(output_dim=setting.prototypes, center_method="sinkhorn_knopp", ibot_separate_head=True)
     adamw = DINOv2AdamWViTArgs()
     method = DINOv2(args, adamw, EmbeddingModel(DINOv2ViTModelWrapper(net)), setting.batch, 3).to(device)
@@ -139,14 +144,8 @@ def dinov2(setting: Setting, device: torch.device) -> Step:
     nested = XFORMERS_AVAILABLE and device.type == "cuda"
     network = partial(
         DinoVisionTransformer,
-        img_size=setting.global_size,
-        patch_size=setting.patch,
-        embed_dim=setting.embed,
-        depth=setting.depth,
-        num_heads=setting.heads,
-        init_values=1e-5,
+        **_transformer(setting),
         block_fn=partial(NestedTensorBlock, attn_class=MemEffAttention if nested else Attention),
-        block_chunks=0,
     )
     head = partial(DINOHead, setting.embed, setting.prototypes, hidden_dim=2048, bottleneck_dim=256, nlayers=3)
     torch.manual_seed(0)
