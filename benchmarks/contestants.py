@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import timm.layers
 import torch
 from torch import Tensor, nn
 
@@ -141,13 +140,3 @@ def _batch(setting: Setting, options: ViewOptions) -> Batch:
         cut = crop(image, rng, options, setting.patch, i, clean=False)
         items.append(Item(cut, np.zeros(0, np.uint8), -1, False, "", str(i)))
     return collate(items)
-
-
-@contextlib.contextmanager
-def attention(device: torch.device) -> Iterator[None]:
-    """timm's attention as the loop sets it on this device: for all who use timm's blocks alike."""
-    timm.layers.set_fused_attn(device.type == "cuda")
-    try:
-        yield
-    finally:
-        timm.layers.set_fused_attn(True)

@@ -90,7 +90,7 @@ def plans() -> Iterator[Plan]:
     for name, architecture in MODELS.items():
         network = cost.network(BackboneOptions(name=architecture))
         assert network is not None  # a vision transformer
-        step = cost.Step(network, 224, 96, 8, PROTOTYPES, HIDDEN, BOTTLENECK, item=2, fused=True)
+        step = cost.Step(network, 224, 96, 8, PROTOTYPES, HIDDEN, BOTTLENECK, item=2, cuda=True)
         parameters = network.parameters + 2 * cost._head_parameters(step)
         for gpus, batch in BATCH.items():
             mine = batch // gpus

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import machine, write_results
-from benchmarks.contestants import Setting, Step, attention, floor, ours
+from benchmarks.contestants import Setting, Step, floor, ours
 from benchmarks.peers import PEERS
 
 CONTESTANTS = {"floor": floor, "ours": ours, **PEERS}
@@ -71,8 +71,7 @@ def main() -> None:
         write_results("heads.json", {**about, **heads(args.tokens, args.prototypes, args.rounds, device)})
         return
     names = ["floor", *(name for name in args.only if name != "floor")]
-    with attention(device):
-        found = [race(setting, names, args.rounds, device) for setting in SIZES[args.size]]
+    found = [race(setting, names, args.rounds, device) for setting in SIZES[args.size]]
     write_results(f"step-{args.size}.json", {**about, "settings": found})
 
 

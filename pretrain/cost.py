@@ -39,7 +39,6 @@ class Network:
 
     width: int
     depth: int
-    heads: int
     patch: int
     prefix: int  # class and register tokens
     parameters: int
@@ -64,7 +63,7 @@ class Step:
     short: float = 0.0  # share of the global views that leave patches out, and
     left_out: float = 0.0  # the share of their patches that they leave out
     item: int = 4  # bytes of an activation; 2 under bf16
-    fused: bool = False  # attention keeps no matrix (CUDA)
+    cuda: bool = False
 
     def views(self) -> Iterator[tuple[int, float]]:
         """(tokens, how many such views an image has) of what the student sees."""
@@ -89,16 +88,15 @@ def network(options: BackboneOptions, channels: int = 3, size: int = 224) -> Net
         return None
     model, count = built.model, sum(p.numel() for p in built.parameters())
     blocks = list(model.blocks)  # type: ignore[arg-type]
-    return Network(built.dim, len(blocks), blocks[0].attn.num_heads, built.patch_size, built.prefix, count)
+    return Network(built.dim, len(blocks), built.patch_size, built.prefix, count)
 
 
 def image_bytes(step: Step) -> float:
     """What autograd keeps of the student for one image of a micro-batch."""
     net = step.network
     total = 0.0
-    for tokens, views in step.views():
-        attention = 0 if step.fused else net.heads * tokens * step.item
-        total += views * tokens * net.depth * (net.width * (4 * NORMS + step.item * OTHERS) + attention)
+    for tokens, views in step.views():  # of attention no matrix: the fused kernel keeps none
+        total += views * tokens * net.depth * net.width * (4 * NORMS + step.item * OTHERS)
     # Heads: two hidden layers, each before and after GELU, in the precision of activations; in float32 the bottleneck,
     # its unit vector and that one's gradient. No scores: they come and go in chunks (hybridssl/fused.py).
     heads = step.rows() * (4 * step.hidden * step.item + 3 * 4 * step.bottleneck)
@@ -114,7 +112,7 @@ def held_bytes(step: Step, channels: int = 3) -> float:
 
 def fixed_bytes(step: Step) -> float:
     """What the model holds whatever the batch is."""
-    scores = 4 * 4 * fused.CHUNK["cuda" if step.fused else "cpu"]  # target, logits, log-softmax, one on its way
+    scores = 4 * 4 * fused.CHUNK["cuda" if step.cuda else "cpu"]  # target, logits, log-softmax, one on its way
     unit = 3 * 4 * 2 * step.bottleneck * step.prototypes  # both heads' unit prototypes, the teacher's, their gradient
     return CONTEXT + scores + unit + PER_PARAMETER * (step.network.parameters + 2 * _head_parameters(step))
 

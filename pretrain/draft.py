@@ -197,7 +197,7 @@ def _step(net: cost.Network, draft: Draft, fixed: Mapping[str, Any]) -> Step:
         bottleneck=given(fixed, "objectives.dino.bottleneck", bottleneck),
         clean=rules.labelled_fraction(data.labelled, data.images) if draft.labels else 0.0,
         item=2 if machine.bf16 else 4,
-        fused=not draft.cpu,
+        cuda=not draft.cpu,
     )
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import timm.layers
 import torch
 
 from hybridssl import student
@@ -43,7 +42,6 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
         data=replace(recipe.data, workers=0),
         batch=replace(recipe.batch, size=micro, micro=micro),
     )
-    timm.layers.set_fused_attn(cuda)  # as the loop does
     learner = build_student(recipe, index, micro).to(device)
     teacher = student.make_teacher(learner)
     batches = iter(data.loader(recipe, index, "clean" in learner.views, learner.backbone.patch_size, 0, 0, 1))

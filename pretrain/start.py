@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import timm.layers
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
@@ -76,8 +75,6 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     )
     if accelerator.device.type == "cpu":  # the launcher allows one thread, for it expects a GPU to do the work
         torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    # On a CPU plain matmul attention is faster than the fused kernel, whose backward is slow there (docs/log.md).
-    timm.layers.set_fused_attn(accelerator.device.type == "cuda")
     return accelerator
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import timm.layers
 import torch
 import torch.nn.functional as F
 
@@ -42,7 +41,7 @@ def test_speed_of_two_cores_is_what_was_measured() -> None:
 
 
 def test_a_gpu_waits_for_its_loader() -> None:
-    step = Step(Network(768, 12, 12, 16, 1, 86_000_000), 224, 96, 8, 8192, 2048, 256)
+    step = Step(Network(768, 12, 16, 1, 86_000_000), 224, 96, 8, 8192, 2048, 256)
     fast = cost.images_per_second(step, cores=96, gpus=1, gpu_memory=80, bf16=True)
     assert fast == pytest.approx(230, rel=0.1)
     assert cost.images_per_second(step, cores=1, gpus=1, gpu_memory=80, bf16=True) == cost.LOADER
@@ -55,7 +54,7 @@ def test_a_convolution_is_not_computed() -> None:
 
 def test_a_network_is_counted_without_being_built() -> None:
     built = backbone.build(SMALL, 3, 32)
-    assert cost.network(SMALL, 3, 32) == Network(48, 2, 4, 8, 1, sum(p.numel() for p in built.parameters()))
+    assert cost.network(SMALL, 3, 32) == Network(48, 2, 8, 1, sum(p.numel() for p in built.parameters()))
 
 
 def said(views: int, tokens: int, prototypes: int, width: int = 8) -> Targets:
@@ -88,7 +87,6 @@ def kept_bytes(bf16: bool, images: int, prototypes: int) -> float:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    timm.layers.set_fused_attn(False)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         learner(views, targets, batch, 0.5)
@@ -108,16 +106,12 @@ def test_memory_of_an_image_is_what_autograd_keeps(bf16: bool) -> None:
 
 
 def test_memory_of_a_step_grows_with_what_is_held() -> None:
-    step = Step(Network(384, 12, 6, 16, 5, 22_000_000), 224, 96, 8, 8192, 2048, 256, item=2, fused=True)
+    step = Step(Network(384, 12, 16, 5, 22_000_000), 224, 96, 8, 8192, 2048, 256, item=2, cuda=True)
     first = cost.step_bytes(step, micro=32, held=64)
     assert cost.step_bytes(step, micro=64, held=64) - first == pytest.approx(32 * cost.image_bytes(step))
     assert cost.step_bytes(step, micro=32, held=128) - first == pytest.approx(64 * cost.held_bytes(step))
     assert cost.fixed_bytes(step) > cost.CONTEXT + 16 * 22_000_000
-    assert (
-        cost.image_bytes(step)
-        < cost.image_bytes(replace(step, fused=False))
-        < cost.image_bytes(replace(step, fused=False, item=4))
-    )
+    assert cost.image_bytes(step) < cost.image_bytes(replace(step, item=4)) < 2 * cost.image_bytes(step)
 
 
 @pytest.mark.gpu
@@ -144,5 +138,5 @@ def test_memory_on_a_gpu_is_what_is_computed() -> None:
         losses, _ = learner(views, {"dino": target}, batch, 0.5)
     kept = torch.cuda.memory_allocated() - before
     assert torch.isfinite(losses["dino"])
-    step = Step(net, 224, 96, 8, prototypes, 2048, 256, masked=0.0, item=2, fused=True)
+    step = Step(net, 224, 96, 8, prototypes, 2048, 256, masked=0.0, item=2, cuda=True)
     assert cost.image_bytes(step) == pytest.approx(kept / images, rel=0.25)
