@@ -3,8 +3,8 @@
     found = audit(Index.open("data/derm"), [Index.open("data/clinic-test")])
     write(found.document, "audit/audit.json")
 
-`drop` in the document names the redundant copies, `leaks` the samples that an index of --against also holds; the recipe
-key `stream.exclude` keeps both out of a run.
+`drop` in the document names the redundant copies, `leaks` the samples that an index of --against also holds, with all
+their copies; the recipe key `stream.exclude` keeps both out of a run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def audit(
         "too_plain_to_compare": int((looks.readable & ~looks.constant & ~looks.telling).sum()),
         "duplicates": copies,
         "groups_across_splits": groups_across_splits(index),
-        "against": [_leaks(index, other, pairs) for other, pairs in others],
+        "against": [_leaks(index, other, pairs, groups) for other, pairs in others],
         "rims": {kind: _keys(index, looks.rim == n) for n, kind in enumerate(rims.RIMS) if kind},
         "confounding": _confounding(index, looks, meta),
     }
@@ -79,7 +79,7 @@ def audit(
         "findings": findings,
         "tallies": tallies(index, looks, meta),
         "drop": sorted(key for group in copies for key in group["keys"][1:]),
-        "leaks": sorted({index.key(int(i)) for _, pairs in others for i in pairs.a}),
+        "leaks": sorted({index.key(i) for _, pairs in others for i in duplicates.spread(pairs.a, groups)}),
     }
     return Audit(document, index, groups, others)
 
@@ -195,11 +195,12 @@ def groups_across_splits(index: Index) -> list[dict[str, list[str]]]:
     return found
 
 
-def _leaks(index: Index, other: Index, pairs: Pairs) -> dict[str, Any]:
+def _leaks(index: Index, other: Index, pairs: Pairs, groups: list[Group]) -> dict[str, Any]:
+    """What the other index holds too, for JSON. `samples` counts the copies within the set as well."""
     rows = zip(pairs.a.tolist(), pairs.b.tolist(), pairs.how, pairs.agreement.tolist(), strict=True)
     return {
         "index": other.name,
-        "samples": len(set(pairs.a.tolist())),
+        "samples": len(duplicates.spread(pairs.a, groups)),
         "other_samples": len(set(pairs.b.tolist())),
         "pairs": [
             {

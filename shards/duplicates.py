@@ -168,3 +168,9 @@ def groups(index: Index, looks: Looks, pairs: Pairs) -> list[Group]:
         return (split in ("", "train")) + (split != "test"), -len(index.labels(row)), -pixels, index.key(row)
 
     return [Group(tuple(sorted(rows, key=rank)), sure[least[c][0]], least[c][1]) for c, rows in members.items()]
+
+
+def spread(rows: Array, groups: list[Group]) -> set[int]:
+    """The rows and all that are one picture with any of them: of equal pixels `find` compares only the first."""
+    found = set(rows.tolist())
+    return found.union(*(group.rows for group in groups if not found.isdisjoint(group.rows)))

@@ -150,6 +150,21 @@ def test_leaks_are_found_from_both_sides(lesions: list[Array], planted: Index, t
     }
 
 
+def test_every_copy_of_a_leak_is_a_leak(lesions: list[Array], tmp_path: Path) -> None:
+    """Of two files of the same pixels only one is compared, and another one of them may be the one to keep."""
+    level = cv2.IMWRITE_PNG_COMPRESSION
+    images = {
+        name: cv2.imencode(".png", lesions[0], [level, n])[1].tobytes() for name, n in {"z.png": 1, "a.png": 9}.items()
+    }
+    images |= {"mirrored.jpg": PLANTED["mirrored"](lesions[0][..., ::-1])}
+    images |= {f"new-{n}.jpg": encode(image) for n, image in enumerate(lesions[1:6])}
+    index = built(tmp_path / "own", [{"path": name, "split": "train"} for name in images], images)
+    test = built(tmp_path / "test", [{"path": "x.jpg"}], {"x.jpg": encode(lesions[0][..., ::-1], 60)})
+    document = audit.audit(index, [test]).document
+    assert sorted(map(stem, document["leaks"])) == ["a", "mirrored", "z"]
+    assert document["findings"]["against"][0]["samples"] == 3
+
+
 def test_what_a_backbone_suggests_is_judged_by_pixels(lesions: list[Array], tmp_path: Path) -> None:
     """A crop to 70 % of a side is beyond the hash; a suggestion finds it, and a wrong suggestion nothing."""
     images = {f"own-{n}.jpg": encode(image) for n, image in enumerate(lesions[:10])}
