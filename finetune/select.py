@@ -20,18 +20,14 @@ When the column is filled, this makes a labelled index of them:
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import re
 import time
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune import kinds, labelfree, probe, results, strategies
+from finetune import kinds, labelfree, probe, results, strategies, to_label
 from finetune.encoder import Encoder
 from finetune.features import Features, groups_of
 from finetune.gallery import thumbnails
@@ -41,17 +37,13 @@ from finetune.splits import label_subset
 from finetune.strategies import Pick, Pool
 from finetune.task import CARVED
 from hybridssl.errors import UserError
-from hybridssl.files import write_text
 from hybridssl.page import Markup, Page, inline
 from hybridssl.probe import neighbours
 from shards.index import Index
-from shards.spreadsheet import safe
 from shards.terminal import Terminal
 
 Array = np.ndarray
-COLUMNS = ("path", "label", "source", "group", "split", "key", "shard", "original", "score", "reason")
 SHOWN = 60
-TYPES = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,8 @@ def run(args: argparse.Namespace) -> None:
     data = {"sha256": index.sha256, "labels": 0.0, "source": None}
     identity = {"protocol": "select", "backbone": encoder.about(), "data": data}
     results.check_room(out, identity, args.overwrite)
-    keep_work(out / "to_label.csv", args.overwrite)
+    if not args.overwrite:
+        to_label.keep_work(out)
     choice = choose(args, encoder, index, *numbers)
     pool, picks = choice.pool, choice.picks
     rows = np.array([pick.row for pick in picks])
@@ -96,8 +89,7 @@ def run(args: argparse.Namespace) -> None:
         "cost": labelfree.cost(started, len(choice.known)),
         "notes": notes(pool),
     }
-    write_images(index, pool.numbers[rows], out / "images")
-    write_text(out / "to_label.csv", as_csv(index, pool, picks))
+    to_label.write(out, index, pool.numbers, picks)
     figures, scores = nearness(choice.space, rows, args), np.array([pick.score for pick in picks])
     about["detail"] = {"strategy": args.strategy, "count": args.count, "per_group": args.per_group}
     about["detail"]["said"] = said(choice, args.strategy, figures)
@@ -107,8 +99,8 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"{len(picks):,} of {len(pool):,} unlabelled images proposed by {args.strategy}", style="bold")
     for note in about["notes"]:
         console.print(f"note: {note}")
-    console.print(f"fill the column `label` of {out / 'to_label.csv'}, then:", soft_wrap=True)
-    console.print(feed_back(out), soft_wrap=True)
+    console.print(f"fill the column `label` of {out / to_label.TABLE}, then:", soft_wrap=True)
+    console.print(to_label.feed_back(out), soft_wrap=True)
 
 
 def choose(args: argparse.Namespace, encoder: Encoder, index: Index, unlabelled: Array, labelled: Array) -> Choice:
@@ -211,54 +203,6 @@ def notes(pool: Features) -> list[str]:
     return said
 
 
-def keep_work(table: Path, overwrite: bool) -> None:
-    """UserError when annotators have begun to fill the table that would be written over."""
-    if overwrite or not table.exists():
-        return
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        filled = sum(bool((row.get("label") or "").strip()) for row in csv.DictReader(file))
-    if filled:
-        raise UserError(f"{table} has {filled:,} labels filled in: choose another --out, or --overwrite")
-
-
-def as_csv(index: Index, pool: Features, picks: list[Pick]) -> str:
-    """A table as `python -m shards build` reads it; columns that it does not know become meta of the samples.
-
-    Whoever fills it opens it in a spreadsheet: text that would run there as a formula is quoted; `build` reads it back.
-    """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for pick in picks:
-        number = int(pool.numbers[pick.row])
-        sample = index.read(number)
-        place = [sample.key, index.shard_of(number)[0], sample.meta.get("path", ""), f"{pick.score:.4f}", pick.reason]
-        row = [file_name(sample.key, sample.image), "", sample.source, sample.group, "train", *place]
-        writer.writerow(map(safe, row))
-    return text.getvalue()
-
-
-def file_name(key: str, image: bytes) -> str:
-    """A name below the folder, whatever the key: an index of others may hold `../../x`. Its hash keeps it unique."""
-    if not re.fullmatch(r"\w[\w -]*", key):
-        key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', key)[:60]}-{sha256(key.encode()).hexdigest()[:10]}"
-    return key + next((suffix for magic, suffix in TYPES.items() if image.startswith(magic)), ".img")
-
-
-def write_images(index: Index, numbers: Array, folder: Path) -> None:
-    """The bytes of the images as they lie in the shards; what an earlier choice left there goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
-    for number in numbers.tolist():
-        sample = index.read(number)
-        (folder / file_name(sample.key, sample.image)).write_bytes(sample.image)
-
-
-def feed_back(out: Path) -> str:
-    return f"python -m shards build --images {out / 'images'} --table {out / 'to_label.csv'} --out NEW_INDEX"
-
-
 def page(about: dict[str, Any], choice: Choice, path: Path) -> Page:
     strategy, data, picks = about["detail"]["strategy"], about["data"], choice.picks
     html = Page("What to label next", f"{len(picks):,} images of {data['index']}, chosen by {strategy}")
@@ -273,7 +217,7 @@ def page(about: dict[str, Any], choice: Choice, path: Path) -> Page:
     html.section("How to go on")
     html.text(
         "Look at the images in images/ and fill the column “label” of to_label.csv: several labels as a|b, none where "
-        f"nobody can say. Then make an index of them: {feed_back(Path('.'))}"
+        f"nobody can say. Then make an index of them: {to_label.feed_back(Path('.'))}"
     )
     html.text(
         f"Or copy the labels into the table from which {data['index']} was built (the column “original” has the path "

@@ -219,6 +219,52 @@ def test_filled_labels_are_never_written_over(propose, capsys):
     assert len(list((folder / "images").iterdir())) == 5
 
 
+def fill(folder, labels=("red",), delimiter=",", encoding="utf-8", column="label"):
+    """The table as a spreadsheet saves it: the first rows labelled, with its own separator and encoding."""
+    table = read(folder)
+    for row, label in zip(table, labels, strict=False):
+        row["label"] = label
+    with (folder / "to_label.csv").open("w", newline="", encoding=encoding) as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow([column if name == "label" else name for name in table[0]])
+        writer.writerows(row.values() for row in table)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"delimiter": ";"}, "has 1 labels filled in"),
+        ({"delimiter": "\t", "labels": ("red", "", "blue")}, "has 2 labels filled in"),
+        ({"column": "diagnosis"}, "has 1 labels filled in"),
+        ({"labels": ("Nävus",), "encoding": "cp1252"}, "is not UTF-8 text"),
+    ],
+)
+def test_a_table_is_kept_however_a_spreadsheet_saved_it(propose, capsys, saved, message):
+    folder = propose("--count", 3)
+    fill(folder, **saved)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    propose("--count", 4, code=2)
+    assert message in _said(capsys)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*") if path.is_file()} == before
+
+
+def test_what_others_put_beside_the_images_is_kept(propose, capsys):
+    folder = propose("--count", 3)
+    (folder / "images/.DS_Store").write_bytes(b"")
+    propose("--count", 3)  # what a file manager leaves is no work
+    image = min((folder / "images").iterdir())
+    (folder / "images/red").mkdir()
+    image.rename(folder / "images/red" / image.name)  # sorting into folders is labelling too
+    propose("--count", 3, code=2)
+    assert f"{folder / 'images/red'} is no image of" in _said(capsys)
+    (folder / "to_label.csv").unlink()
+    propose("--count", 3, code=2)
+    assert (folder / "images/red" / image.name).is_file()
+    propose("--count", 3, "--overwrite")
+    assert not (folder / "images/red").exists()
+    assert len(read(folder)) == 3
+
+
 def test_errors_name_the_remedy(propose, index, new_index, capsys):
     propose("--count", 500, code=2)
     assert re.search(r"has \d+ unlabelled images to propose with 1 a patient or lesion, not --count 500", _said(capsys))

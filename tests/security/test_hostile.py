@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from finetune import backbones, results, select
+from finetune import backbones, results, to_label
 from finetune.__main__ import main as finetune
 from hybridssl.errors import UserError
 from hybridssl.views import ViewOptions, crop, generator, resize_for_eval
@@ -311,7 +311,7 @@ def test_keys_that_lead_elsewhere_name_no_file_there(mutable: Path, tmp_path: Pa
     out = tmp_path / "results"
     words = ["--backbone", "histogram", "--data", str(mutable), "--count", "3", "--out", str(out)]
     index = Index.open(mutable)
-    select.write_images(index, np.arange(6), out / "images")
+    to_label.write_images(index, np.arange(6), out / "images")
     assert len(list((out / "images").iterdir())) == 6
     assert finetune(["select", *words, "--per-group", "0"]) in (0, 2)
     assert not list(target.iterdir())
