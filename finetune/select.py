@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> None:
     to_label.write(out, index, pool.numbers, picks)
     figures, scores = nearness(choice.space, rows, args), np.array([pick.score for pick in picks])
     about["detail"] = {"strategy": args.strategy, "count": args.count, "per_group": args.per_group}
+    about["detail"]["build"] = to_label.build_options(index, out / to_label.IMAGES)
     about["detail"]["said"] = said(choice, args.strategy, figures)
     results.write(out, about, figures, number=pool.numbers[rows], score=scores)
     page(about, choice, out / "results.json").write(out / "report.html")
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     for note in about["notes"]:
         console.print(f"note: {note}")
     console.print(f"fill the column `label` of {out / to_label.TABLE}, then:", soft_wrap=True)
-    console.print(to_label.feed_back(out), soft_wrap=True)
+    console.print(to_label.feed_back(out, about["detail"]["build"]), soft_wrap=True)
 
 
 def choose(args: argparse.Namespace, encoder: Encoder, index: Index, unlabelled: Array, labelled: Array) -> Choice:
@@ -205,6 +206,7 @@ def notes(pool: Features) -> list[str]:
 
 def page(about: dict[str, Any], choice: Choice, path: Path) -> Page:
     strategy, data, picks = about["detail"]["strategy"], about["data"], choice.picks
+    command = to_label.feed_back(Path("."), about["detail"]["build"])
     html = Page("What to label next", f"{len(picks):,} images of {data['index']}, chosen by {strategy}")
     begin(html, about, path)
     html.facts(
@@ -217,7 +219,7 @@ def page(about: dict[str, Any], choice: Choice, path: Path) -> Page:
     html.section("How to go on")
     html.text(
         "Look at the images in images/ and fill the column “label” of to_label.csv: several labels as a|b, none where "
-        f"nobody can say. Then make an index of them: {to_label.feed_back(Path('.'))}"
+        f"nobody can say. Then make an index of them: {command}"
     )
     html.text(
         f"Or copy the labels into the table from which {data['index']} was built (the column “original” has the path "

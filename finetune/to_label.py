@@ -20,13 +20,13 @@ from finetune.strategies import Pick
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
 from shards.errors import DataError
+from shards.format import extension
 from shards.index import Index
 from shards.spreadsheet import safe
 from shards.table import Row, find_images, read_table
 
 TABLE, IMAGES = "to_label.csv", "images"
 COLUMNS = ("path", "label", "source", "group", "split", "key", "shard", "original", "score", "reason")
-TYPES = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
 HOW = "choose another --out, or --overwrite"
 
 
@@ -90,9 +90,18 @@ def file_name(key: str, image: bytes) -> str:
     """A name below the folder, whatever the key: an index of others may hold `../../x`. Its hash keeps it unique."""
     if not re.fullmatch(r"\w[\w -]*", key):
         key = f"{re.sub(r'[^A-Za-z0-9_-]+', '_', key)[:60]}-{sha256(key.encode()).hexdigest()[:10]}"
-    return key + next((suffix for magic, suffix in TYPES.items() if image.startswith(magic)), ".img")
+    return f"{key}.{extension(image)}"
 
 
-def feed_back(out: Path) -> str:
-    """The command that makes a labelled index of the filled table."""
-    return f"python -m shards build --images {out / IMAGES} --table {out / TABLE} --out NEW_INDEX"
+def build_options(index: Index, images: Path) -> str:
+    """What `build` must be told of images that are not photographs in colour; `images`: the folder they are in."""
+    said = [f"--channels {index.channels}"] if index.channels != 3 else []
+    if index.channels > 1 and any(images.glob("*.tif")):  # in an index, the pages of a TIFF are channels of one image
+        said.append("--stack")
+    return " ".join(said)
+
+
+def feed_back(out: Path, options: str) -> str:
+    """The command that makes a labelled index of the filled table. options: of build_options."""
+    command = f"python -m shards build --images {out / IMAGES} --table {out / TABLE} --out NEW_INDEX"
+    return f"{command} {options}".rstrip()

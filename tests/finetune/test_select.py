@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 
 import numpy as np
 import pytest
+import tifffile
 
-from finetune import results, select, strategies
+from finetune import results, select, strategies, to_label
 from finetune.__main__ import main
+from shards.__main__ import main as shards_main
 from shards.build import build as build_shards
+from shards.index import Index
+from shards.options import BuildOptions
 from tests.finetune.conftest import rows
 from tests.finetune.looked import look
 
@@ -263,6 +268,27 @@ def test_what_others_put_beside_the_images_is_kept(propose, capsys):
     propose("--count", 3, "--overwrite")
     assert not (folder / "images/red").exists()
     assert len(read(folder)) == 3
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(5, np.uint8), (3, np.uint16)])
+def test_images_of_many_planes_keep_their_type_and_the_command_builds_them(tmp_path, channels, dtype):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        pages = rng.integers(np.iinfo(dtype).max, size=(channels, 8, 9), endpoint=True, dtype=dtype)
+        tifffile.imwrite(tmp_path / f"in/{name}.tif", pages, photometric="minisblack")
+    index = build_shards(tmp_path / "in", tmp_path / "old", options=BuildOptions(channels=channels, stack=True)).index
+    images = tmp_path / "round/images"
+    to_label.write_images(index, np.arange(2), images)
+    assert {path.suffix for path in images.iterdir()} == {".tif"}
+    command = to_label.feed_back(tmp_path / "round", to_label.build_options(index, images))
+    words = [word.replace("NEW_INDEX", str(tmp_path / "new")) for word in shlex.split(command)]
+    names = sorted(path.name for path in images.iterdir())
+    (tmp_path / "round/to_label.csv").write_text("\n".join(["path,label", *(f"{name},red" for name in names)]))
+    assert shards_main(words[3:]) == 0
+    made = Index.open(tmp_path / "new")
+    assert made.channels == channels
+    assert sorted(made.read(i).image for i in range(2)) == sorted(index.read(i).image for i in range(2))
 
 
 def test_errors_name_the_remedy(propose, index, new_index, capsys):
