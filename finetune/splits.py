@@ -18,22 +18,22 @@ def label_subset(y: Array, groups: Array, fraction: float, seed: int = 0, keep_o
     """bool [N]: whole groups that hold about `fraction` of the images of every class; at least one image a class.
 
     A pure function of (labels, groups, seed): groups are taken in the order of a hash, rarest class first, so a smaller
-    fraction is (nearly) part of a larger one. keep_one: never take the last group of a class, as a carved val must not.
+    fraction is (nearly) part of a larger one. keep_one: of no class the last group is taken, as a carved val must not.
     """
     names, member = np.unique(groups, return_inverse=True)
     order = np.argsort([blake2b(f"{seed}:{name}".encode(), digest_size=8).digest() for name in names.tolist()])
     table = np.zeros((len(names), int(y.max()) + 1), dtype=np.int64)  # images of each class in each group
     np.add.at(table, (member, y), 1)
     total, taken = table.sum(0), np.zeros(len(names), dtype=bool)
+    left = (table > 0).sum(0)  # groups of each class that are not taken
     for c in sorted(np.flatnonzero(total).tolist(), key=lambda c: int(total[c])):
-        target = max(1, round(fraction * int(total[c])))
-        candidates = [g for g in order if table[g, c]]
-        have, free = int(table[taken, c].sum()), sum(not taken[g] for g in candidates)
-        for g in candidates:
-            if have >= target or (keep_one and free <= 1):
+        target, have = max(1, round(fraction * int(total[c]))), int(table[taken, c].sum())
+        for g in order[(table[order, c] > 0) & ~taken[order]]:
+            if have >= target:
                 break
-            if not taken[g]:
-                taken[g], have, free = True, have + int(table[g, c]), free - 1
+            holds = table[g] > 0
+            if not (keep_one and (left[holds] == 1).any()):
+                taken[g], have, left = True, have + int(table[g, c]), left - holds
     return taken[member]
 
 

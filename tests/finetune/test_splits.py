@@ -57,6 +57,16 @@ def test_a_carved_val_leaves_a_group_of_every_class():
     assert not carved[4], "the only group of class 1 stays in train"
 
 
+def test_a_carved_val_leaves_the_last_group_of_a_class_whichever_class_asks_for_it():
+    """Class 1 is in groups 8 and 9 alone, and 9 holds images of the common class too."""
+    groups = np.array([*range(8), 8, 9, 9])
+    y = np.array([*[0] * 8, 1, 0, 1])
+    for seed in range(20):
+        carved = label_subset(y, groups, 0.5, seed, keep_one=True)
+        assert carved.any()
+        assert set(y[~carved]) == {0, 1}, f"seed {seed}: train has lost a class"
+
+
 class Columns:
     """The two columns of an index that the guard reads."""
 
