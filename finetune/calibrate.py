@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not 0 < args.alpha < 1 or not all(0 < at <= 1 for at in args.at):
         raise UserError("--alpha must lie between 0 and 1, and --at above 0 and at most 1")
-    found = judged.find(args.results)
+    found = judged.find(args.results, val=True)
     folders = judged.places(found, "calibrate", args.out, args.overwrite)
     positives = [_checked(one, args) for one in found]
     for one, folder, positive in zip(found, folders, positives, strict=True):
@@ -61,8 +61,6 @@ def run(args: argparse.Namespace) -> None:
 
 def _checked(one: Judged, args: argparse.Namespace) -> tuple[str, ...]:
     """The classes that count as disease. UserError for what would fail later."""
-    if len(one.val) < len(one.scores):
-        raise UserError(f"{one.result.path} holds no scores of val, on which to calibrate: run the evaluation again")
     if one.scores.min() < -ROUNDING or one.scores.max() > 1 + ROUNDING:
         raise UserError(f"{one.result.path}: its scores are no probabilities (0 to 1): there is nothing to calibrate")
     positive = choose(one.kind.name, one.classes, args.positive or one.kind.positive).positive

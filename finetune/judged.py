@@ -21,8 +21,10 @@ from finetune.kinds import Kind
 from finetune.results import Result
 from hybridssl.errors import UserError
 from shards.index import Index
+from shards.terminal import Terminal
 
 Array = np.ndarray
+WHO_DOES = "results of knn, probe, adapt and the like do (if it is one, run it again: an older program wrote it)"
 
 
 @dataclass(frozen=True)
@@ -86,39 +88,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace another backbone's result")
 
 
-def find(folders: Iterable[Path]) -> list[Judged]:
-    """All results in and below the folders, but those that judge others themselves. UserError when there is none."""
-    folders = list(folders)
-    found = [read(result) for result in results.find(folders) if "judged" not in result.about and _scored(result)]
+class Unfit(UserError):
+    """A result in which nothing is missing but what is judged here: its protocol keeps none."""
+
+
+def find(folders: Iterable[Path], val: bool = False) -> list[Judged]:
+    """All results in and below the folders that can be judged; the others are named on the terminal and left out.
+
+    val: only those that hold the scores of val too. UserError when a folder is itself that of another one, or none is
+    left."""
+    folders, found, left = list(folders), [], []
+    named = {(path if path.is_file() else path / "results.json").resolve() for path in folders}
+    for result in results.find(folders):
+        try:
+            found.append(read(result, val))
+        except Unfit as error:
+            if result.path.resolve() in named:
+                raise
+            left.append((result, error))
     if not found:
-        named = ", ".join(map(str, folders))
-        raise UserError(
-            f"{named}: only results that judge others, or have no class scores; name one of knn, probe, ..."
-        )
+        raise UserError(f"{', '.join(map(str, folders))}: no result there can be judged; {left[0][1]}")
+    others = [str(result.path.parent) for result, _ in left if "judged" not in result.about]
+    if others:
+        what = "of test and val" if val else "of test"
+        Terminal().print(f"left out, as they hold no class scores {what}: {', '.join(others)}", soft_wrap=True)
     return found
 
 
-def _scored(result: Result) -> bool:
-    """Whether there are class scores to judge: masks, drift and choices of images have none."""
-    task = result.about.get("task", {"kind": kinds.NAMES[0]})  # an old result says nothing: `read` will tell its user
-    return task is not None and task["kind"] in kinds.NAMES
-
-
-def read(result: Result) -> Judged:
-    """UserError when the predictions are missing, not whole, or older than this program."""
-    arrays = result.predictions()
-    lacking = [name for name in ("scores", "y", "group", "number") if name not in arrays]
-    if lacking or "task" not in result.about:
-        raise UserError(f"{result.path} does not hold {', '.join(lacking) or 'its task'}: run the evaluation again")
+def read(result: Result, val: bool = False) -> Judged:
+    """Unfit when it holds no class scores, or none of val where these are asked for. UserError when the predictions are
+    missing, not whole, or older than this program."""
+    name, about = f"{result.path} ({result.protocol})", result.about
+    if "judged" in about:
+        raise Unfit(f"{name} judges another result: name that one")
+    if "task" not in about:
+        raise UserError(f"{name} does not hold its task: run the evaluation again")
+    of_classes = about["task"] is not None and about["task"]["kind"] in kinds.NAMES
+    arrays = result.predictions() if of_classes else {}  # masks are large
+    if "scores" not in arrays:
+        raise Unfit(f"{name} holds no class scores of the test images: {WHO_DOES}")
+    if lacking := [part for part in ("y", "group", "number") if part not in arrays]:
+        raise UserError(f"{name} does not hold {', '.join(lacking)}: run the evaluation again")
     seeds = [s for s in range(len(arrays["scores"])) if f"val_scores_{s}" in arrays]
-    val = [Part(*(arrays[f"val_{name}_{s}"] for name in ("scores", "y", "group", "number"))) for s in seeds]
-    classes, scores = tuple(result.about["data"]["classes"]), arrays["scores"].astype(np.float64)
+    if val and len(seeds) < len(arrays["scores"]):
+        raise Unfit(f"{name} holds no scores of val, on which to calibrate: {WHO_DOES}")
+    parts = [Part(*(arrays[f"val_{part}_{s}"] for part in ("scores", "y", "group", "number"))) for s in seeds]
+    classes, scores = tuple(about["data"]["classes"]), arrays["scores"].astype(np.float64)
     if scores.ndim != 3 or scores.shape[1:] != (len(arrays["y"]), len(classes)):
         raise UserError(
             f"{result.path}: scores {scores.shape} do not fit {len(arrays['y']):,} x {len(classes)} classes"
         )
     y, group, number = (arrays[name] for name in ("y", "group", "number"))
-    return Judged(result, kinds.of(result.about), classes, scores, y, group, number, val)
+    return Judged(result, kinds.of(about), classes, scores, y, group, number, parts)
 
 
 def places(found: list[Judged], verb: str, out: Path | None, overwrite: bool) -> list[Path]:

@@ -68,6 +68,14 @@ def write(
     return folder
 
 
+def without_scores(folder: Path, like: Path, protocol: str = "retrieve") -> Path:
+    """The folder of a result on the images of another one whose protocol keeps no score of a class."""
+    known = results.read(like / "results.json")
+    arrays = {name: values for name, values in known.predictions().items() if name in ("y", "group", "number")}
+    results.write(folder, {**known.about, "protocol": protocol}, {}, **arrays)
+    return folder
+
+
 def opened(folder: Path) -> Judged:
     return judged.read(results.read(folder / "results.json"))
 

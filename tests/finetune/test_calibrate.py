@@ -308,3 +308,12 @@ def test_what_cannot_be_calibrated_is_refused_before_anything_is_written(folder,
         assert main(["calibrate", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("calibrate-*"))
+
+
+def test_a_folder_of_many_results_is_calibrated_where_val_was_scored(folder, capsys):
+    other = write(folder.parent / "fewshot", patients(50), protocol="fewshot")
+    assert main(["calibrate", str(folder.parent)]) == 0
+    assert f"left out, as they hold no class scores of test and val: {other}\n" in capsys.readouterr().out
+    assert [path.name for path in folder.parent.glob("calibrate-*")] == ["calibrate-knn"]
+    assert main(["calibrate", str(folder), str(other)]) == 2
+    assert f"{other / 'results.json'} (fewshot) holds no scores of val" in capsys.readouterr().err

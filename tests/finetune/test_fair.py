@@ -14,7 +14,7 @@ from finetune.fairness import judge
 from finetune.judged import Part
 from finetune.subgroups import UNKNOWN, names, subgroup
 from hybridssl.errors import UserError
-from tests.finetune.judging import CLASSES, flip, opened, patients, write
+from tests.finetune.judging import CLASSES, flip, opened, patients, without_scores, write
 from tests.finetune.looked import look
 
 ACCURACY = kinds.Kind("one-of", "accuracy", {"accuracy": metrics.accuracy})
@@ -236,3 +236,24 @@ def test_mistakes_are_named_before_any_work(folder, hospital, tmp_path, capsys):
     assert main(["fair", str(other), "--by", "sex"]) == 2
     assert "is not the index that" in capsys.readouterr().err
     assert not list(tmp_path.rglob("fair-*"))
+
+
+def test_a_folder_of_many_results_is_judged_where_there_are_scores(folder, capsys):
+    bare = without_scores(folder.parent / "retrieve", folder)
+    judge = ["--by", "sex", "--metric", "accuracy"]
+    assert main(["fair", str(folder.parent), *judge]) == 0
+    assert f"left out, as they hold no class scores of test: {bare}\n" in capsys.readouterr().out
+    assert main(["fair", str(folder.parent), *judge]) == 0, "what was written by then is no reason to stop"
+    assert {path.parent.name for path in folder.parent.rglob("results.json")} == {"knn", "retrieve", "fair-sex-knn"}
+    capsys.readouterr()
+    for named in (bare, bare / "results.json"):
+        assert main(["fair", str(named), str(folder), *judge]) == 2
+        assert f"{bare / 'results.json'} (retrieve) holds no class scores" in capsys.readouterr().err
+    assert main(["fair", str(folder.parent / "fair-sex-knn"), *judge]) == 2
+    assert "(fair-sex-knn) judges another result" in capsys.readouterr().err
+
+
+def test_a_folder_without_any_scores_is_an_error(folder, tmp_path, capsys):
+    without_scores(tmp_path / "only/retrieve", folder)
+    assert main(["fair", str(tmp_path / "only"), "--by", "sex"]) == 2
+    assert f"{tmp_path / 'only'}: no result there can be judged" in capsys.readouterr().err
