@@ -12,8 +12,8 @@ of not having been taught there, and not of harder cases. Intervals resample pat
   python -m finetune crossdomain --backbone models/derm-s --data data/ham --to data/pad --map nv=NEV bcc=BCC mel=MEL \\
       akiec=ACK bkl=SEK --out results/derm-s      (two indexes, whose classes have other names)
 
-Writes OUT/crossdomain-COLUMN-METHOD/results.json and report.html. The scores kept for `fair` and `calibrate` are
-those of the head that was never taught in an image's own domain.
+Writes OUT/crossdomain-COLUMN-METHOD/results.json and report.html. The scores kept for `fair` are those of the
+head that was never taught in an image's own domain.
 """
 
 from __future__ import annotations

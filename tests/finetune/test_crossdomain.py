@@ -107,6 +107,13 @@ def test_unseen_figures_are_those_of_scikit_learn_on_the_kept_scores(result, ind
     assert result.metrics["gap_south"].value == pytest.approx(values["south"])
 
 
+def test_its_scores_are_for_fair_and_not_for_calibrate(result, capsys):
+    """The heads that were not taught in a place differ from place to place: no one temperature makes them honest."""
+    assert main(["fair", str(result.path.parent), "--by", "site", "--metric", "accuracy", "--least", "10"]) == 0
+    assert main(["calibrate", str(result.path.parent)]) == 2
+    assert "(crossdomain-site-knn) holds no scores of val" in capsys.readouterr().err
+
+
 def test_a_small_domain_is_left_out_with_its_reason(result):
     skipped = result.about["detail"]["skipped"]
     assert list(skipped) == ["tiny"]
@@ -208,7 +215,7 @@ def test_another_index_under_other_class_names(index, pad, tmp_path, capsys):
     assert all(row["classes"] == ["blue", "brown"] for row in detail["held_out"])
     assert result.about["to"]["sha256"] == pad.sha256
     arrays = result.predictions()
-    assert set(arrays["number"]) == set(index.select(["test"])), "scores of --data's own images, for fair and calibrate"
+    assert set(arrays["number"]) == set(index.select(["test"])), "scores of --data's own images, for fair"
     assert arrays["scores"].shape[2] == len(index.classes) == len(result.about["data"]["classes"])
     away = next(row for row in detail["held_out"] if row["domain"] == "ward-2")
     y, scores = arrays["to_y"], arrays["to_scores"][0]
