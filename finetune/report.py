@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from finetune.metrics import Interval
+from finetune.better import direction, rank
 from finetune.pages import cell, link, linked, plain, sentence, title
 from finetune.results import Result, find
 from hybridssl.charts import intervals
@@ -78,8 +78,9 @@ def order(found: list[Result]) -> list[Result]:
     """By data, protocol and share of labels (all first); the best first inside."""
 
     def key(result: Result) -> tuple:
-        data, value = result.about["data"], _rank(result.metrics.get(headline(result)))
-        return data["sha256"], data["source"] or "", result.protocol, -data["labels"], -value
+        data, name = result.about["data"], headline(result)
+        worth = rank(name, result.metrics.get(name))
+        return data["sha256"], data["source"] or "", result.protocol, -data["labels"], -worth
 
     return sorted(found, key=key)
 
@@ -106,7 +107,7 @@ def page(found: list[Result], out: Path, heading: str) -> Page:
     html = Page(
         heading,
         "Test figures; 95 % intervals over resampled patients or lesions; all choices were made on val. In bold, the "
-        "best of those with equally many labels.",
+        "best of those with equally many labels, where more or less of a figure is better by itself.",
     )
     if any(result.protocol == "scaling" for result in found):
         found = [r for r in found if "settings" not in (r.about.get("detail") or {})]  # its own page shows its cells
@@ -149,18 +150,19 @@ def figures(html: Page, found: list[Result], out: Path) -> None:
 
 
 def answers(found: list[Result], out: Path) -> list[str | Markup]:
-    """What was compared in pairs; where nothing was, the highest figure of each protocol, which no test supports."""
+    """What was compared in pairs; where nothing was, the best figure of each protocol, which no test supports."""
     compared = [r for r in found if r.protocol.startswith("compare-") and _finding(r)]
     if compared:
         return [linked(_finding(r), r.path, out) for r in compared]
     said: list[str | Markup] = []
     for rows in _by(found):
-        rivals = [r for r in rows if _data_set(r) == _data_set(rows[0]) and headline(r) == headline(rows[0])]
+        name = headline(rows[0])
+        rivals = [r for r in rows if _data_set(r) == _data_set(rows[0]) and headline(r) == name]
         rivals = [r for r in rivals if r.about["data"]["labels"] == rows[0].about["data"]["labels"]]
-        if len(rivals) > 1 and headline(rows[0]):
-            first = max(rivals, key=lambda r: _rank(r.metrics[headline(r)]))
-            figure = linked(str(first.metrics[headline(first)]), first.path, out)
-            words = f"{title(rows[0].protocol)}: the highest {plain(headline(first))} of {len(rivals)} is that of "
+        if len(rivals) > 1 and (way := direction(name)):
+            first = max(rivals, key=lambda r: rank(name, r.metrics[name]))
+            figure, most = linked(str(first.metrics[name]), first.path, out), "highest" if way > 0 else "lowest"
+            words = f"{title(rows[0].protocol)}: the {most} {plain(name)} of {len(rivals)} is that of "
             said.append(Markup(f"{inline(words + label(first))}, {figure}."))
     return [*said, "Which differences are more than chance, only python -m finetune compare tells."] if said else []
 
@@ -220,14 +222,14 @@ def _table(html: Page, rows: list[Result], out: Path) -> None:
     for row in rows:
         for name, m in row.metrics.items():
             at = row.about["data"]["labels"], name
-            best[at] = max(best.get(at, -math.inf), _rank(m))
+            best[at] = max(best.get(at, -math.inf), rank(name, m))
     strong = [
         (r, 2 + c)
         for r, row in enumerate(rows)
         for c, name in enumerate(metrics)
         if name in row.metrics
         and rivals.count(row.about["data"]["labels"]) > 1
-        and _rank(row.metrics[name]) == best[row.about["data"]["labels"], name] > -math.inf
+        and rank(name, row.metrics[name]) == best[row.about["data"]["labels"], name] > -math.inf
     ]
     lines = [
         [
@@ -260,10 +262,6 @@ def _named(result: Result, out: Path, words: str = "") -> str | Markup:
     """The backbone, or other words, linked to the result's own page where there is one."""
     page, words = result.path.with_name("report.html"), words or label(result)
     return link(words, page, out) if page.is_file() else words
-
-
-def _rank(metric: Interval | None) -> float:
-    return -math.inf if metric is None or math.isnan(metric.value) else metric.value
 
 
 def _cell(result: Result, name: str, out: Path) -> Markup | None:

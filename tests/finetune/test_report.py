@@ -9,8 +9,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from finetune import results
+from finetune import calibrate, explain, kinds, masks, results
 from finetune.__main__ import main
+from finetune.better import direction
 from finetune.metrics import Interval
 from tests.finetune.looked import words
 
@@ -136,6 +137,51 @@ def test_the_first_sentence_claims_no_more_than_was_tested(write, tmp_path):
     main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")])
     answers = re.findall(r'<p class="answer">(.*?)</p>', (tmp_path / "r.html").read_text(), re.DOTALL)
     assert answers == ["By accuracy: it is better."]
+
+
+def bold(page):
+    """The figures in bold, without their intervals."""
+    return {words(cell).partition(" ")[0] for cell in re.findall(r'<td class="[nt ]*b">(.*?)</td>', page, re.DOTALL)}
+
+
+def test_the_best_is_bold_whichever_way_better_lies_and_what_has_no_best_is_not(tmp_path):
+    figures = {"a": (0.31, 0.12, 0.05, 0.9), "b": (0.42, 0.23, 0.06, 0.8)}
+    names = ("macro_auroc@5", "ece_scaled", "gap", "nll_change")
+    for name, values in figures.items():
+        found = {metric: Interval(v, v - 0.01, v + 0.01) for metric, v in zip(names, values, strict=True)}
+        results.write(tmp_path / name, document("x", f"models/{name}", name), found, y=np.zeros(2))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+    assert bold((tmp_path / "r.html").read_text()) == {"0.420", "0.120"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "answer"),
+    [
+        ("ece", "X: the lowest ece of 2 is that of models/a, 0.120 [0.110, 0.130]."),
+        ("macro_auroc", "X: the highest macro AUROC of 2 is that of models/b, 0.230 [0.220, 0.240]."),
+        ("mmd2", None),
+    ],
+)
+def test_the_answer_says_highest_only_where_that_is_best(tmp_path, metric, answer):
+    for name, value in (("a", 0.12), ("b", 0.23)):
+        found = {metric: Interval(value, value - 0.01, value + 0.01)}
+        results.write(tmp_path / name, document("x", f"models/{name}", name), found, y=np.zeros(2))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+    answers = re.findall(r'<p class="answer">(.*?)</p>', (tmp_path / "r.html").read_text(), re.DOTALL)
+    assert [words(said) for said in answers[:1]] == ([answer] if answer else [])
+
+
+def test_every_metric_of_a_verb_has_its_direction():
+    metrics = [*kinds.choose("grades", ("a", "b"), ["b"]).metrics, *kinds.choose("multi-label", ("a", "b")).metrics]
+    metrics += [*masks.overlap_metrics(("a", "gap")), *explain.PURITY, "area icc_2_1", "iou (a box)", "icc"]
+    metrics += ["balanced_mAP", "precision@5", "balanced_accuracy_worst", "macro_auroc_unseen", "recall in women"]
+    assert {name for name in metrics if direction(name) != 1} == set()
+    errors = [f"{name}{mark}" for name in calibrate.ERRORS for mark in ("", "_scaled")]
+    assert {name for name in errors if direction(name) != -1} == set()
+    neither = ["ece_change", "balanced_accuracy_gap", "transfer_gap", "gap_ham", "mean_drop", "drop_hair", "far_share"]
+    neither += ["c2st_auroc", "nearest_distance", "set size (lac)", "coverage (aps)", "accuracy: a minus b"]
+    neither += ["sensitivity at specificity=0.9", "specificity at specificity=0.9"]
+    assert {name for name in neither if direction(name)} == set()
 
 
 def test_notes_of_all_come_first_and_those_of_some_last(write, tmp_path):
