@@ -6,6 +6,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from safetensors import SafetensorError
+
 from hybridssl.errors import UserError
 from shards.errors import DataError
 
@@ -73,6 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, SafetensorError) as error:  # a full disk, a folder that may not be written
+        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+        print(f"error: {where or 'a file'}: {why or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -25,6 +25,7 @@ from finetune.foreign import forward_of
 from finetune.task import Task
 from hybridssl.errors import UserError
 from hybridssl.export import NOT_EXPORTED, TOLERANCE
+from hybridssl.files import writing
 from hybridssl.views import normalise
 from hybridssl.weights import weights_sha256
 
@@ -38,7 +39,8 @@ def save(folder: Path, classifier: Classifier, work: Task, trained_on: np.ndarra
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write(partial, classifier.cpu().eval(), work, trained_on, about)
+        with writing(partial):
+            _write(partial, classifier.cpu().eval(), work, trained_on, about)
         _check(partial, classifier, work.encoder)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

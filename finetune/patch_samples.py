@@ -29,6 +29,7 @@ from finetune.features import fingerprint, groups_of
 from finetune.masks import FOREGROUND, Pairs
 from finetune.patches import block_maps, last_map
 from hybridssl.errors import UserError
+from hybridssl.files import writing
 from shards.errors import DataError
 from shards.index import Index
 from shards.terminal import Terminal
@@ -110,7 +111,8 @@ def _write(file: Path, samples: Samples) -> None:
         return
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save_file(whole, partial, metadata={"bad": json.dumps(samples.bad)})
+    with writing(partial):
+        save_file(whole, partial, metadata={"bad": json.dumps(samples.bad)})
     os.replace(partial, file)
 
 

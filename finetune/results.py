@@ -18,7 +18,7 @@ from finetune.metrics import Interval
 from finetune.shape import check
 from finetune.splits import Leaks
 from hybridssl.errors import UserError
-from hybridssl.files import write_text
+from hybridssl.files import write_text, writing
 
 FORMAT, VERSION = "hybridssl-results", 1
 NEEDED = ("protocol", "backbone", "data", "metrics", "selected", "seeds", "cost", "leaks")
@@ -87,7 +87,8 @@ def write(folder: Path, about: dict[str, Any], metrics: dict[str, Interval], **p
     """Write predictions.safetensors, then results.json; each appears whole or not at all. Returns results.json."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "predictions.safetensors.partial"
-    save_file({name: np.ascontiguousarray(values) for name, values in predictions.items()}, partial)
+    with writing(partial):
+        save_file({name: np.ascontiguousarray(values) for name, values in predictions.items()}, partial)
     os.replace(partial, folder / "predictions.safetensors")
     rows = {name: {"value": m.value, "low": m.low, "high": m.high} for name, m in metrics.items()}
     document = {"format": FORMAT, "version": VERSION, **about, "metrics": rows}

@@ -18,7 +18,7 @@ import numpy as np
 
 from finetune.strategies import Pick
 from hybridssl.errors import UserError
-from hybridssl.files import write_text
+from hybridssl.files import write_text, writing
 from shards.errors import DataError
 from shards.format import extension
 from shards.index import Index
@@ -83,7 +83,9 @@ def write_images(index: Index, numbers: np.ndarray, folder: Path) -> None:
     folder.mkdir(parents=True)
     for number in numbers.tolist():
         sample = index.read(number)
-        (folder / file_name(sample.key, sample.image)).write_bytes(sample.image)
+        path = folder / file_name(sample.key, sample.image)
+        with writing(path):
+            path.write_bytes(sample.image)
 
 
 def file_name(key: str, image: bytes) -> str:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
 from finetune.__main__ import VERBS, main
+from tests.finetune.judging import patients, write
 
 
 @pytest.fixture
@@ -72,6 +75,27 @@ def test_bad_values(refuse, tmp_path, index, export_folder, extra, message):
 def test_report_of_nothing(refuse, tmp_path):
     assert "holds no results.json" in refuse("report", tmp_path)
     assert "must be the name of an .html file" in refuse("report", tmp_path, "--out", tmp_path)
+
+
+@contextmanager
+def small_disk():
+    """No file grows beyond a thousand bytes, which an operating system reports as it does a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_cannot_be_written_is_named(refuse, tmp_path):
+    known, page = write(tmp_path / "knn", patients(300)), tmp_path / "page.html"
+    (tmp_path / "file").write_text("")
+    assert f"error: {tmp_path / 'file'}: " in refuse("report", known, "--out", tmp_path / "file" / "page.html")
+    with small_disk():
+        assert refuse("report", known, "--out", page) == f"error: {page}.partial: File too large"
+    with small_disk(), pytest.raises(OSError, match=r"File too large.*knn/predictions\.safetensors\.partial"):
+        write(tmp_path / "knn", patients(300))
 
 
 @pytest.mark.parametrize("verb", VERBS)
