@@ -42,7 +42,7 @@ class Leaks:
     """What should be nil. pretraining is None where the backbone did not record what it read."""
 
     pretraining: int | None  # val and test images that the backbone read in pretraining
-    groups: int  # groups (patients, lesions) in more than one split
+    groups: int  # groups (patients, lesions) in more than one split, or judged though pretraining read images of them
     images: int  # identical image files in more than one split
     allowed: bool = False
 
@@ -53,7 +53,7 @@ class Leaks:
     def sentences(self) -> list[str]:
         said = [
             (self.pretraining, "val or test images were read in the backbone's own pretraining"),
-            (self.groups, "groups (patients, lesions) are in more than one split"),
+            (self.groups, "groups (patients, lesions) are in more than one split, or were read in pretraining"),
             (self.images, "identical images are in more than one split"),
         ]
         return [f"{count:,} {what}" for count, what in said if count]
@@ -63,17 +63,28 @@ class Leaks:
 
 
 def find_leaks(index: Index, splits: dict[str, Array], pretrained_on: Array | None) -> Leaks:
-    """Count leaks between `splits` (name -> sample numbers) and, by image digest, with the pretraining images."""
-    digest, group = index.column("digest"), index.column("group")
+    """Count leaks between `splits` (name -> sample numbers), and with what else of the index has taught the backbone.
+
+    The splits of an evaluation hold what has a label or a mask, but pretraining reads the rest as well, and so learns a
+    patient by images that no split shows. All of train therefore counts as train, and so does what pretraining read: by
+    the digests in `pretrained_on`, or, without such a record, all that is in no split.
+    """
+    digest, group, split = (index.column(name) for name in ("digest", "group", "split"))
     judged = np.concatenate([numbers for name, numbers in splits.items() if name != "train"])
-    read = None if pretrained_on is None else int(np.isin(digest[judged], pretrained_on).sum())
+    read = split == _code(index, "") if pretrained_on is None else np.isin(digest, pretrained_on)
+    taught = np.setdiff1d(np.flatnonzero(read | (split == _code(index, "train"))), judged)
 
     def shared(column: Array) -> int:
-        values = [np.unique(column[numbers]) for numbers in splits.values()]
+        values = [np.unique(column[numbers]) for numbers in ({**splits, "train": taught}).values()]
         names, counts = np.unique(np.concatenate(values), return_counts=True)
         return int((counts[names != 0] > 1).sum())
 
-    return Leaks(read, shared(group), shared(digest))
+    return Leaks(None if pretrained_on is None else int(read[judged].sum()), shared(group), shared(digest))
+
+
+def _code(index: Index, split: str) -> int:
+    """What the index's column `split` says of it; -1 where no image is in it."""
+    return index.splits.index(split) if split in index.splits else -1
 
 
 def guard(leaks: Leaks, allow: bool) -> Leaks:
@@ -81,6 +92,7 @@ def guard(leaks: Leaks, allow: bool) -> Leaks:
     if leaks.any and not allow:
         raise UserError(
             f"{'; '.join(leaks.sentences())}: the figures would be too good. Evaluate on other images, mend the split "
-            "column, or go on with --allow-leak, which marks the result"
+            "column (one split to all images of a patient, also to those without a label), or go on with --allow-leak, "
+            "which marks the result"
         )
     return Leaks(leaks.pretraining, leaks.groups, leaks.images, allowed=leaks.any and allow)

@@ -321,6 +321,17 @@ def test_a_group_in_two_splits_stops_the_evaluation(new_index, table, export_fol
     assert "1 groups (patients, lesions) are in more than one split" in capsys.readouterr().err
 
 
+def test_an_image_without_a_label_gives_its_patient_away(new_index, table, export_folder, tmp_path, capsys):
+    """A follow-up of a test patient without label and split, which pretraining reads."""
+    one = next(row for row in table if row["group"] == "test-blue-0")
+    data = new_index([*table, {**one, "path": "test-blue-0-9.png", "label": "", "split": ""}]).root
+    out = tmp_path / "out"
+    assert main(["knn", "--backbone", str(export_folder), "--data", str(data), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "1 groups (patients, lesions) are in more than one split, or were read in pretraining" in said
+    assert not out.exists()
+
+
 def test_another_backbones_result_is_not_overwritten(evaluate, export_folder, index, tmp_path, capsys):
     evaluate("knn")
     evaluate("knn")  # the same again: replaced

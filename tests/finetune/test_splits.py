@@ -68,27 +68,31 @@ def test_a_carved_val_leaves_the_last_group_of_a_class_whichever_class_asks_for_
 
 
 class Columns:
-    """The two columns of an index that the guard reads."""
+    """What the guard reads of an index."""
 
-    def __init__(self, digest, group):
-        self.columns = {"digest": np.array(digest), "group": np.array(group)}
+    splits = ("test", "", "train", "val")
+
+    def __init__(self, digest, group, split):
+        numbers = [self.splits.index(name) for name in split]
+        self.columns = {"digest": np.array(digest), "group": np.array(group), "split": np.array(numbers)}
 
     def column(self, name):
         return self.columns[name]
 
 
 SPLITS = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4, 5])}
+SIX = ["train", "train", "train", "val", "test", "test"]
 
 
 def test_clean_splits_pass():
-    leaks = find_leaks(Columns([1, 2, 3, 4, 5, 6], [10, 10, 0, 0, 12, 12]), SPLITS, np.array([1, 2, 3]))
+    leaks = find_leaks(Columns([1, 2, 3, 4, 5, 6], [10, 10, 0, 0, 12, 12], SIX), SPLITS, np.array([1, 2, 3]))
     assert leaks == Leaks(0, 0, 0)
     assert guard(leaks, allow=False) == leaks
     assert not guard(leaks, allow=True).allowed
 
 
 def test_every_kind_of_leak_is_counted():
-    index = Columns([1, 2, 3, 4, 1, 6], [10, 11, 0, 11, 10, 0])
+    index = Columns([1, 2, 3, 4, 1, 6], [10, 11, 0, 11, 10, 0], SIX)
     leaks = find_leaks(index, SPLITS, np.array([1, 6, 3]))
     assert leaks == Leaks(pretraining=2, groups=2, images=1)
     with pytest.raises(UserError, match=r"2 val or test images .* 2 groups .* 1 identical .*--allow-leak"):
@@ -97,4 +101,34 @@ def test_every_kind_of_leak_is_counted():
 
 
 def test_a_backbone_without_a_record_is_unknown_not_clean():
-    assert find_leaks(Columns([1] * 6, [0] * 6), SPLITS, None).pretraining is None
+    assert find_leaks(Columns([1] * 6, [0] * 6, SIX), SPLITS, None).pretraining is None
+
+
+@pytest.mark.parametrize(
+    ("split", "read", "groups"),
+    [
+        ("", [1, 2, 3, 7], 1),  # pretraining read a follow-up of a test patient
+        ("", [1, 2, 3], 0),  # by its record it did not
+        ("", None, 1),  # no record: it reads what has no split
+        ("train", None, 1),
+        ("train", [1, 2, 3], 1),  # the table puts one patient into train and test
+        ("test", None, 0),  # other images of a test patient that nothing reads
+        ("test", [1, 2, 3], 0),
+    ],
+)
+def test_images_without_a_label_tell_of_their_patient_too(split, read, groups):
+    """The seventh image has no label, so it is in none of the splits; its patient, 12, is judged."""
+    index = Columns([1, 2, 3, 4, 5, 6, 7], [10, 10, 0, 9, 12, 12, 12], [*SIX, split])
+    leaks = find_leaks(index, SPLITS, None if read is None else np.array(read))
+    assert leaks == Leaks(None if read is None else 0, groups, 0)
+
+
+def test_what_to_do_about_a_patient_in_two_splits_is_said():
+    with pytest.raises(UserError, match="one split to all images of a patient, also to those without a label"):
+        guard(Leaks(0, 1, 0), allow=False)
+
+
+def test_a_judged_image_that_pretraining_read_is_counted_once():
+    """Not again as a patient in two splits: image and patient are in test alone."""
+    index = Columns([1, 2, 3, 4, 5, 6], [10, 10, 0, 9, 12, 12], SIX)
+    assert find_leaks(index, SPLITS, np.array([1, 5])) == Leaks(1, 0, 0)
