@@ -65,8 +65,12 @@ def of_targets(targets: Tensor, scores: Tensor) -> dict[str, Tensor]:
 def rankme(features: Tensor, eps: float = 1e-7) -> Tensor:
     """RankMe (Garrido et al. 2023, arXiv 2210.02885, eq. 1-2): exp of the entropy of the singular values' shares.
 
-    features [N, D] -> scalar from 1 (everything on one line) to min(N, D): the effective number of dimensions.
+    features [N, D] -> scalar from 1 (everything on one line) to min(N, D): the effective number of dimensions; NaN
+    without any feature, or where one is not finite (torch would raise, and a run that can still go back would end).
     """
-    sigma = torch.linalg.svdvals(features.detach().float())
+    if not len(features):
+        return features.new_full((), math.nan, dtype=torch.float32)
+    finite = torch.isfinite(features).all()
+    sigma = torch.linalg.svdvals(features.detach().float().nan_to_num(0.0, 0.0, 0.0))
     share = sigma / sigma.sum().clamp_min(eps) + eps
-    return torch.exp(-(share * share.log()).sum())
+    return torch.where(finite, torch.exp(-(share * share.log()).sum()), math.nan)

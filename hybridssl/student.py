@@ -51,8 +51,8 @@ class Student(nn.Module):
                     health |= {f"health/{k}": v for k, v in objective.health(tokens, targets[name], batch).items()}
         if watch:
             seen = (tokens.global_, tokens.clean, tokens.visible)
-            features = next(t.cls for t in seen if t is not None and len(t.cls))
-            health["health/rankme"] = rankme(features.detach().float())
+            rows = (t.cls for t in seen if t is not None and len(t.cls))
+            health["health/rankme"] = rankme(next(rows, tokens.global_.cls).detach().float())
         return losses, health
 
     def look(

@@ -165,7 +165,7 @@ class Record:
             self._clear()
 
     def _line(self, step: int, schedule: Mapping[str, float], health: Mapping[str, Tensor]) -> dict[str, float]:
-        taken = (self.steps - self.skipped).clamp_min(1)
+        taken = self.steps - self.skipped  # without any, the means are NaN: no loss is not a loss of zero
         averaged = {name: value / taken for name, value in self.sums.items()} | dict(health)
         averaged["skipped"] = self.skipped
         # One reduction for the whole line; ranks see different images, so each holds a part of the mean.

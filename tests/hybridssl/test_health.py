@@ -44,3 +44,9 @@ def test_rankme_of_known_spectra() -> None:
         math.exp(-sum(p * math.log(p) for p in share)), rel=1e-4
     )
     assert torch.isfinite(health.rankme(torch.zeros(4, 4)))
+
+
+def test_rankme_of_nothing_and_of_what_is_not_finite_is_not_a_number() -> None:
+    assert health.rankme(torch.zeros(0, 4)).isnan()
+    for value in (math.nan, math.inf):
+        assert health.rankme(torch.tensor([[1.0, 0.0], [value, 1.0]])).isnan()

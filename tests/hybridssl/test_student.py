@@ -6,8 +6,8 @@ import torch
 from hybridssl.backbone import BackboneOptions, build
 from hybridssl.objectives import Context, options_types
 from hybridssl.objectives import build as build_objectives
-from hybridssl.student import Student, make_teacher, update_teacher
-from hybridssl.types import Views
+from hybridssl.student import Student, make_teacher, targets, update_teacher
+from hybridssl.types import Batch, Views
 
 TINY = BackboneOptions(
     name="vit_tiny_patch16_224", args={"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}, drop_path=0.5
@@ -72,6 +72,24 @@ def test_a_batch_without_a_view_to_look_at_still_reaches_the_backbone() -> None:
     tokens.clean.cls.sum().backward()
     gradients = [p.grad for p in learner.backbone.parameters() if p.requires_grad]
     assert all(g is not None and g.eq(0).all() for g in gradients)
+
+
+def test_a_micro_batch_without_a_label_has_no_rank_and_a_loss_of_zero() -> None:
+    """At a log point, where labels alone are trained on."""
+    learner, seen = student("labels"), Views(views().global_, None, None)
+    nothing = torch.zeros(2, 3, dtype=torch.uint8)
+    batch = Batch(
+        *(torch.zeros(0) for _ in range(4)),
+        masks=torch.zeros(2, 2, 16, dtype=torch.bool),
+        labels=nothing,
+        source=torch.zeros(2, dtype=torch.long),
+        labelled=torch.zeros(2, dtype=torch.bool),
+        clean_of=torch.zeros(0, dtype=torch.long),
+    )
+    (target,) = targets(make_teacher(learner), [seen], [batch], 0.5)
+    losses, health = learner(seen, target, batch, 0.5, watch=True)
+    assert losses["labels"] == 0
+    assert health["health/rankme"].isnan()
 
 
 def test_the_mask_token_trains_only_where_patches_are_hidden() -> None:

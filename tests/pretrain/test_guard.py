@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from hybridssl.backbone import Backbone
 from hybridssl.objectives import spread
 from pretrain.guard import ENOUGH, Guard, GuardOptions, Unchanged
 from pretrain.keeper import Keeper
@@ -144,6 +146,22 @@ def test_the_second_time_it_stops_with_a_diagnosis(tiny: list[str], tmp_path: Pa
     for word in ("optim.lr", "skipped.jsonl", "not finite", "step-"):
         assert word in told
     assert (out / "checkpoints").is_dir()  # nothing done is lost
+
+
+def test_features_that_are_not_finite_stop_it_alike(tiny: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    """Nothing of a log point may fail on them, or the run would end before it could go back."""
+    inside, calls = Backbone.see, []
+
+    def see(self, crops):
+        calls.append(1)
+        tokens = inside(self, crops)
+        return [replace(one, cls=one.cls * math.nan) for one in tokens] if len(calls) > 8 else tokens
+
+    monkeypatch.setattr(Backbone, "see", see)
+    out = tmp_path / "run"
+    assert main([*tiny, f"out={out}", "steps=20", "save.every=2", "guard.patience=2"]) == 3
+    assert "not finite" in capsys.readouterr().err
+    assert math.isnan(lines(out)[-1]["loss"])  # no loss of a line without a step is not a loss of zero
 
 
 def test_a_bound_that_every_step_breaks_stops_before_the_first_checkpoint(
