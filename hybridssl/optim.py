@@ -23,8 +23,12 @@ class OptimOptions:
     weight_decay: tuple[float, float] = (0.04, 0.4)  # cosine from first to second
     layer_decay: float = 1.0  # learning rate x this per block, from the last to the first
     patch_embed_lr: float = 0.2  # further factor of the patch embedding (MoCo v3: it is what diverges first)
-    clip: float = 3.0  # largest gradient norm over all parameters
+    clip: float = 3.0  # largest gradient norm over all parameters; 0: no bound
     heads_first: float = 0.0  # share of the run in which the backbone rests; for continuing from released weights
+
+    def __post_init__(self) -> None:
+        if self.clip < 0:
+            raise ValueError(f"clip is {self.clip}; it must be 0 (no bound) or above")
 
 
 def scaled_lr(options: OptimOptions, batch: int) -> float:
@@ -81,7 +85,9 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[
 
 
 def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `named_state`; a parameter that never had a gradient has no entry, then as now."""
+    """The inverse of `named_state`; a parameter that never had a gradient has no entry, then as now: moments that it
+    has come by since (a run that goes back) are forgotten."""
+    optimizer.state.clear()
     for name, parameter in model.named_parameters():
         own = {key.split("|", 1)[1]: t for key, t in tensors.items() if key.split("|", 1)[0] == name}
         if own:

@@ -11,10 +11,6 @@ def cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def linear(start: float, end: float, progress: float) -> float:
-    return start + (end - start) * min(max(progress, 0.0), 1.0)
-
-
 def warmup_cosine(peak: float, final: float, warmup: float, progress: float) -> float:
     """Linear from 0 to peak over the share `warmup` of the run, then a cosine to final (Goyal et al., 1706.02677)."""
     if progress < warmup:

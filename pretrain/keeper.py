@@ -31,7 +31,8 @@ class Keeper:
 
     def due(self, step: int, guard: Guard) -> bool:
         """Not while steps are being refused: what the run may return to should lie before them."""
-        regular = step % self.recipe.save.every == 0 and not guard.refused_in_a_row
+        every = self.recipe.save.every
+        regular = every > 0 and step % every == 0 and not guard.refused_in_a_row
         return regular or step == self.recipe.steps
 
     def save(

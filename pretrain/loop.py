@@ -6,6 +6,7 @@ accelerate launch pretrain recipe=derm-s data.train=data/derm out=runs/derm-s
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -183,8 +184,8 @@ def go_back(
 
 
 def clip(accelerator: Accelerator, model: torch.nn.Module, largest: float) -> Tensor:
-    """The norm of the gradient over all parameters, as it was before it is cut to `largest`."""
-    norm = accelerator.clip_grad_norm_(model.parameters(), largest)
+    """The norm of the gradient over all parameters, as it was before it is cut to `largest` (0: it is not cut)."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), largest or math.inf)
     assert norm is not None  # only DeepSpeed clips by itself and tells no norm
     return sharding.whole(norm)
 

@@ -82,7 +82,7 @@ class LogOptions:
 
 @dataclass(frozen=True)
 class SaveOptions:
-    every: int = 1000  # steps between checkpoints
+    every: int = 1000  # steps between checkpoints; 0: one at the end
     keep: int = 2  # newest checkpoints to keep; the one of the best probe stays too
     keep_every: int = 0  # and those whose step this divides; 0: none
 
@@ -106,7 +106,7 @@ class Recipe:
     steps: int = 100_000  # how long: steps of batch.size images
     precision: Literal["auto", "bf16", "no"] = "auto"  # auto: bf16 where it is faster, measured as the run begins
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint of `out`, if there is one
-    timeout: float = 30.0  # minutes without a step, a probe or a checkpoint after which a process ends itself as stuck
+    timeout: float = 30.0  # minutes that a step may take, with its probe and checkpoint; then it is taken as stuck
     threads: int = 0  # CPU threads of a process, where there is no GPU; 0: the machine's cores, parted evenly
     profile: bool = False  # trace some steps into the run folder: what takes the time?
     data: DataOptions = field(default_factory=DataOptions)
@@ -124,10 +124,15 @@ class Recipe:
     save: SaveOptions = field(default_factory=SaveOptions)
     probe: ProbeOptions = field(default_factory=ProbeOptions)
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be 0 at least")
+
 
 # A resumed run may change these; any other difference would make it another run.
 MAY_CHANGE = ("name", "out", "resume", "timeout", "threads", "profile", "efficiency", "log", "save", "probe", "guard")
 MAY_CHANGE += ("batch.micro", "data.workers", "data.cache", "data.cache_size")
+MAY_CHANGE += ("data.train", "data.probe")  # a set may move: what is in it is compared by its sha256
 
 
 def find(name: str) -> Path:

@@ -7,14 +7,13 @@ from torch import nn
 from hybridssl import optim
 from hybridssl.backbone import BackboneOptions, build
 from hybridssl.optim import OptimOptions
-from hybridssl.schedule import cosine, linear, ramp, warmup_cosine
+from hybridssl.schedule import cosine, ramp, warmup_cosine
 
 TINY = BackboneOptions(name="vit_tiny_patch16_224", args={"embed_dim": 32, "depth": 3, "num_heads": 2}, registers=2)
 
 
 def test_ends_and_middles() -> None:
     assert [cosine(0.2, 1.0, p) for p in (-1, 0, 0.5, 1, 2)] == pytest.approx([0.2, 0.2, 0.6, 1.0, 1.0])
-    assert [linear(0.2, 1.0, p) for p in (0, 0.5, 2)] == pytest.approx([0.2, 0.6, 1.0])
     assert [warmup_cosine(1.0, 0.0, 0.1, p) for p in (0, 0.05, 0.1, 0.55, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert warmup_cosine(1.0, 0.0, 0.0, 0.0) == 1.0
     assert [ramp(0.5, p) for p in (0, 0.25, 0.5, 1)] == [0.0, 0.5, 1.0, 1.0]
@@ -84,6 +83,9 @@ def test_the_state_by_name_outlives_a_regrouping() -> None:
     optimizer.step()
     tensors = dict(optim.named_state(optimizer, model))
     other = torch.optim.AdamW([{"params": [p]} for p in reversed(list(model.parameters()))])
+    for p in model.parameters():  # a run that goes back has moments that its checkpoint does not know
+        p.grad = torch.randn_like(p)
+    other.step()
     optim.load_named_state(other, model, tensors)
     again = dict(optim.named_state(other, model))
     assert tensors.keys() == again.keys()

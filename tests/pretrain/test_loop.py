@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from hybridssl import precision
 from hybridssl.run import read_state
 from pretrain.loop import main
+from shards import demo
 from tests.pretrain.conftest import launch, lines, losses
 
 
@@ -121,9 +123,27 @@ def test_a_resumed_run_with_another_recipe_is_refused_with_the_keys(
     assert main([*tiny, f"out={whole}", "log.every=2", "data.workers=1"]) == 0  # what may change
 
 
+def test_a_set_may_move_and_may_not_become_another(whole: Path, tiny: list[str], index: Path, tmp_path: Path) -> None:
+    shutil.copytree(index, tmp_path / "scratch")
+    assert main([*tiny, f"out={whole}", f"data.train={tmp_path / 'scratch'}", "steps=5"]) == 0
+    assert [line["step"] for line in lines(whole)] == [1, 2, 3, 4, 5]
+    demo.generate(tmp_path / "other", samples=40, seed=1, size=48)
+    assert main([*tiny, f"out={whole}", f"data.train={tmp_path / 'other'}", "steps=6"]) == 2
+
+
+def test_one_checkpoint_at_the_end_and_gradients_as_they_are(tiny: list[str], tmp_path: Path) -> None:
+    """save.every=0 and optim.clip=0: off, and not a division or a gradient of zero."""
+    assert main([*tiny, f"out={tmp_path / 'run'}", "save.every=0", "optim.clip=0"]) == 0
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"step-4", "latest"}
+    assert main([*tiny, f"out={tmp_path / 'far'}", "save.every=0", "optim.clip=1e9"]) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "far")
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
+        ("seed=-1", ["seed is -1"]),
+        ("optim.clip=-1", ["section optim", "clip is -1"]),
         ("recipe=dmeo", ["dmeo", "demo"]),
         ("views.loacl_size=16", ["views.loacl_size", "views.local_size"]),
         ("backbone.name=vit_tinny_patch16_224", ["vit_tinny_patch16_224", "vit_tiny_patch16_224"]),
