@@ -125,6 +125,10 @@ def follow_statistics(teacher: nn.Module, student: nn.Module, momentum: float) -
         torch._foreach_copy_(buffers, list(values.split([len(b) for b in buffers])))  # type: ignore[arg-type]
 
 
+def has_running_statistics(model: nn.Module) -> bool:
+    return any(_tracks(module) for module in model.modules())
+
+
 def _tracks(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 

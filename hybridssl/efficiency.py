@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from hybridssl.backbone import Backbone
+from hybridssl.cnn import has_running_statistics
 from hybridssl.errors import UserError
 
 
@@ -24,6 +25,11 @@ def apply(backbone: Backbone, options: EfficiencyOptions) -> None:
     name = type(backbone.model).__name__
     backbone.packed = options.packed and backbone.packable
     if options.checkpoint:
+        if has_running_statistics(backbone):  # the second computation would count its batch again
+            raise UserError(
+                f"efficiency.checkpoint: {name} has batch norms, whose statistics a pass computed twice would change: "
+                "leave the key out, and choose a smaller batch.micro or smaller crops"
+            )
         try:
             backbone.model.set_grad_checkpointing()  # type: ignore[operator]
         except (AttributeError, AssertionError) as error:

@@ -58,6 +58,9 @@ def test_sizes_share_a_pass_where_they_can_unless_told_otherwise() -> None:
 def test_what_an_architecture_cannot_is_named() -> None:
     with pytest.raises(UserError, match=r"efficiency\.compile: ResNet.*leave the key out"):
         apply(build(BackboneOptions(name="resnet10t"), 3, 32), EfficiencyOptions(compile=True))
+    with pytest.raises(UserError, match=r"efficiency\.checkpoint: ResNet has batch norms.*leave the key out"):
+        apply(build(BackboneOptions(name="resnet10t"), 3, 32), EfficiencyOptions(checkpoint=True))
+    apply(build(BackboneOptions(name="convnext_atto"), 3, 32), EfficiencyOptions(checkpoint=True))  # layer norms
 
 
 @pytest.mark.slow
