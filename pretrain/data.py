@@ -68,6 +68,12 @@ def micro_batch(recipe: Recipe, world: int) -> int:
     return micro
 
 
+def together(recipe: Recipe) -> int:
+    """Images that a micro-batch must not part: a micro-batch is a multiple of it."""
+    spread = recipe.objectives.get("spread")
+    return min(spread.group, recipe.batch.size) if spread else 1  # type: ignore[attr-defined]
+
+
 def selected(recipe: Recipe, index: Index) -> np.ndarray:
     """int64 numbers of the samples that the run reads: those of its splits without what `stream.exclude` names."""
     chosen = index.select(recipe.data.splits)

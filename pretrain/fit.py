@@ -35,21 +35,24 @@ def with_micro_batch(recipe: Recipe, index: Index, device: torch.device, world: 
     share = recipe.batch.size // world
     if device.type != "cuda" or recipe.batch.size % world:  # what does not divide, the loop refuses
         return replace(recipe, batch=replace(recipe.batch, micro=0))
-    micro = largest(share, lambda size: dist.all_agree(_fits(recipe, index, device, share, size)))
+    together = data.together(recipe)
+    micro = largest(share, lambda size: dist.all_agree(_fits(recipe, index, device, share, size)), together)
     if not micro:
+        few = "one image" if together == 1 else f"{together} images (objectives.spread.group)"
         raise UserError(
-            f"batch.micro=auto: not even one image of this recipe fits on {torch.cuda.get_device_name(device)}: set "
+            f"batch.micro=auto: not even {few} of this recipe fit on {torch.cuda.get_device_name(device)}: set "
             "efficiency.checkpoint=true, or choose a smaller backbone or smaller crops"
         )
     return replace(recipe, batch=replace(recipe.batch, micro=micro))
 
 
-def largest(share: int, fits: Callable[[int], bool]) -> int:
+def largest(share: int, fits: Callable[[int], bool], together: int = 1) -> int:
     """The largest divisor of `share` that `fits`, which may be asked of each; 0 where none does.
 
-    By halving the list of divisors: memory grows with the micro-batch, so what fits is a beginning of it.
+    By halving the list of divisors: memory grows with the micro-batch, so what fits is a beginning of it. together:
+    asked of its multiples alone. Where it does not divide `share`, of `share`: the model itself says what is wrong.
     """
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    divisors = [n for n in range(together, share + 1, together) if share % n == 0] or [share]
     if fits(divisors[-1]):  # the usual case on large GPUs, and then nothing else need be tried
         return divisors[-1]
     low, high = -1, len(divisors) - 1

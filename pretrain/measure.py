@@ -10,7 +10,7 @@ import torch
 
 from hybridssl import student
 from hybridssl.views import render
-from pretrain import data
+from pretrain import data, fit
 from pretrain.assemble import build_student
 from pretrain.recipe import Recipe
 from shards.index import Index
@@ -33,8 +33,12 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
     """
     cuda = torch.cuda.is_available()
     device, workers = torch.device("cuda" if cuda else "cpu"), max(recipe.data.workers, 1)
-    assert recipe.batch.micro != "auto"  # the doctor proposes a number
-    micro = recipe.batch.micro if cuda else min(recipe.batch.micro, FEW)
+    recipe = fit.with_micro_batch(recipe, index, device, processes)
+    assert recipe.batch.micro != "auto"
+    micro = recipe.batch.micro or recipe.batch.size // processes
+    if not cuda:
+        together = data.together(recipe)
+        micro = min(micro, max(FEW // together, 1) * together)
     recipe = replace(
         recipe,
         backbone=replace(recipe.backbone, weights="", lora=0),

@@ -163,6 +163,13 @@ def test_doctor_prints_and_writes_a_recipe_that_runs(index: Path, tmp_path: Path
     assert "is there already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("key", ["batch.micro=auto", "batch.micro=0", "batch.size=40"])
+def test_any_batch_is_timed(key: str, index: Path, capsys) -> None:
+    """40: in groups of 10 neighbours, which a pass of 16 would part."""
+    assert hybridssl(["doctor", "--data", str(index), *SHORT, key]) == 0
+    assert "measured" in capsys.readouterr().out
+
+
 def test_a_pass_that_does_not_fit_is_told(index: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -30,6 +30,15 @@ def test_the_largest_divisor_that_fits(share: int, room: int) -> None:
     assert len(asked) == len(set(asked)) <= 2 + len(divisors).bit_length()
 
 
+def test_only_whole_groups_are_tried() -> None:
+    """What objectives.spread compares must not be parted: of 96 images in groups of 16 neither 24 nor 8."""
+    asked: list[int] = []
+    assert fit.largest(96, lambda size: asked.append(size) or size <= 40, together=16) == 32
+    assert all(size % 16 == 0 for size in asked)
+    assert fit.largest(96, lambda size: size <= 8, together=16) == 0
+    assert fit.largest(40, lambda size: True, together=16) == 40  # the model says what is wrong
+
+
 def recipe_of(arguments: list[str], *more: str):
     loaded = load([*arguments, *more])
     return loaded, Index.open(loaded.data.train)
