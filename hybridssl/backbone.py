@@ -126,13 +126,17 @@ def _released(name: str, overlay: dict[str, str]) -> dict[str, Tensor]:
 
 def _fit(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Foreign names (DINOv2, CLIP) to timm's, position embeddings to the model's grid, both by timm's own filter."""
-    from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+    from timm.models import eva, vision_transformer
 
     state = {name.removeprefix("teacher.backbone.model."): tensor for name, tensor in state.items()}
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, vision_transformer.VisionTransformer):
         if "pos_embed" in state and model.pos_embed is not None and not model.no_embed_class:
             state["pos_embed"] = _room_for_registers(state["pos_embed"], model.num_reg_tokens)
-        state = checkpoint_filter_fn(state, model)  # type: ignore[assignment]
+        state = vision_transformer.checkpoint_filter_fn(state, model)  # type: ignore[assignment]
+    elif isinstance(model, eva.Eva):
+        state = eva.checkpoint_filter_fn(state, model)
+        # Where a released model averages patches, its final norm stands behind the mean; ours stands before.
+        state = {name.replace("fc_norm.", "norm.", 1): tensor for name, tensor in state.items()}
     about: Any = model.pretrained_cfg
     classifiers = tuple(f"{name}." for name in _listed(about.get("classifier") or "head"))
     for name in _listed(about.get("first_conv") or ()):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
@@ -67,6 +68,24 @@ def test_weights_of_another_size_are_resampled_and_coverage_is_told(tmp_path: Pa
     assert coverage.matched == coverage.total
     assert torch.equal(large.model.blocks[1].mlp.fc1.weight, small.model.blocks[1].mlp.fc1.weight)
     assert large.model.pos_embed.shape[1] == 64 + 5
+
+
+def test_a_released_eva_keeps_positions_and_final_norm_at_another_size(tmp_path: Path) -> None:
+    """Its table of positions is resampled, and the norm that stood behind the mean over patches is our final one."""
+    options = BackboneOptions(
+        "eva02_tiny_patch14_224", {"embed_dim": 24, "depth": 2, "num_heads": 2}, weights=str(tmp_path)
+    )
+    released = timm.create_model(options.name, num_classes=0, img_size=56, **options.args)
+    assert hasattr(released, "fc_norm")
+    with torch.no_grad():
+        released.fc_norm.weight.fill_(0.5)
+    save_file(released.state_dict(), tmp_path / "model.safetensors")
+    backbone = build(options, 3, 28)
+    coverage = load_weights(backbone, options)
+    assert coverage.missing == ()
+    assert backbone.model.norm.weight.eq(0.5).all()
+    here, there = backbone.model.pos_embed[0, 1:], released.pos_embed[0, 1:]
+    assert torch.allclose(here.mean(0), there.mean(0), atol=0.01)  # 16 places became 4
 
 
 def test_loading_fails_when_too_little_matches(tmp_path: Path) -> None:
