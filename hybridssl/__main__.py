@@ -65,7 +65,7 @@ def prototypes(args: argparse.Namespace) -> None:
     table = text.read_classes(args.classes)
     keys, templates = [c.key for c in table], tuple(args.template or text.TEMPLATES)
     embeddings = text.embed_classes(args.encoder, table, templates, args.pooling)
-    text.save_cache(args.out, embeddings, table, args.encoder, templates)
+    text.save_cache(args.out, embeddings, table, args.encoder, templates, args.pooling)
     print(f"{args.out}: {len(keys)} classes, {embeddings.shape[1]} wide, from {args.encoder}")
     centred = text.similarity(embeddings - embeddings.mean(0))
     pairs = text.nearest_pairs(centred, keys, args.pairs)

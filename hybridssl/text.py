@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -201,13 +202,18 @@ def table_sha256(classes: Sequence[ClassText]) -> str:
 
 
 def save_cache(
-    path: str | Path, embeddings: Tensor, classes: Sequence[ClassText], encoder: str, templates: Sequence[str]
+    path: str | Path,
+    embeddings: Tensor,
+    classes: Sequence[ClassText],
+    encoder: str,
+    templates: Sequence[str],
+    pooling: str = "auto",
 ) -> None:
     """Write `embeddings` [K, Dt] and where they came from; whole or not at all."""
     from safetensors.torch import save_file
 
     about = {"classes": [c.key for c in classes], "encoder": encoder, "templates": list(templates)}
-    about |= {"format": "hybridssl-text", "version": 1, "table_sha256": table_sha256(classes)}
+    about |= {"pooling": pooling, "format": "hybridssl-text", "version": 1, "table_sha256": table_sha256(classes)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -243,8 +249,10 @@ def class_embeddings(options: TextOptions, classes: Sequence[str]) -> Tensor | N
     table = read_classes(options.classes) if options.classes else None
     if options.cache and Path(options.cache).exists():
         embeddings, about = load_cache(options.cache, classes)
-        now = {"encoder": options.encoder, "templates": list(options.templates)} if options.encoder else {}
-        now |= {"table_sha256": table_sha256(table)} if table else {}
+        now: dict[str, Any] = {"table_sha256": table_sha256(table)} if table else {}
+        if options.encoder:
+            now |= {"encoder": options.encoder, "templates": list(options.templates), "pooling": options.pooling}
+        about.setdefault("pooling", "auto")  # files of before it was kept
         stale = [key.removesuffix("_sha256") for key, value in now.items() if about[key] != value]
         if stale:
             raise UserError(
@@ -259,7 +267,7 @@ def class_embeddings(options: TextOptions, classes: Sequence[str]) -> Tensor | N
     rows = select(classes, [c.key for c in table], f"class table {options.classes}")
     embeddings = _embedded(options.encoder, tuple(table), tuple(options.templates), options.pooling)
     if options.cache:
-        save_cache(options.cache, embeddings, table, options.encoder, options.templates)
+        save_cache(options.cache, embeddings, table, options.encoder, options.templates, options.pooling)
     return embeddings[rows]
 
 

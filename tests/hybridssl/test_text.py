@@ -362,8 +362,9 @@ def test_run_gets_prototypes_from_encoder_then_from_the_cache(bert, tmp_path, mo
     assert torch.equal(first, again)
     assert text.class_embeddings(TextOptions(cache=str(cache)), ["nv"]).shape == (1, 16)
 
-    for changes, what in (({"templates": ("{}",)}, "templates"), ({"encoder": "other"}, "encoder")):
-        changed = TextOptions(**{**vars(options), **changes})
+    others = {"templates": ("{}",), "encoder": "other", "pooling": "cls"}
+    for what, other in others.items():
+        changed = TextOptions(**{**vars(options), what: other})
         with pytest.raises(UserError, match=f"made with another {what}"):
             text.class_embeddings(changed, ["mel"])
     table.write_text("class,name\nmel,black mole\n")
