@@ -18,7 +18,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, fused: bool, dropout
     """softmax(q k^T / sqrt(d)) v within each sample. q, k, v: [T, H, d] -> [T, H, d].
 
     fused: by a kernel that keeps no attention matrix, which on CUDA is one call for all lengths where xformers is
-    installed, and one call a length where it is not. Else by plain products, whose backward pass is faster on a CPU.
+    installed, and one call a length where it is not. Else by plain products.
     dropout: share of the attention weights that are dropped.
     """
     if fused and q.is_cuda and _xformers() is not None:

@@ -76,11 +76,6 @@ def all_agree(mine: bool) -> bool:
     return not all_reduce_max(torch.tensor(int(not mine), device=device)).item()
 
 
-def barrier() -> None:
-    if _several():
-        dist.barrier()
-
-
 def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
     if not _several():
         return tensor

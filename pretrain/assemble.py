@@ -20,7 +20,10 @@ from shards.index import Index
 def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = False) -> Student:
     """Backbone (fresh or loaded) and objectives of `recipe`, on the CPU."""
     backbone = backbones.build(recipe.backbone, index.channels, recipe.views.global_size)
-    for key, size in (("global_size", recipe.views.global_size), ("local_size", recipe.views.local_size)):
+    sizes = {"global_size": recipe.views.global_size} | (
+        {"local_size": recipe.views.local_size} if recipe.views.local_count else {}
+    )
+    for key, size in sizes.items():
         if size % backbone.patch_size:
             patch, near = backbone.patch_size, max(round(size / backbone.patch_size), 1) * backbone.patch_size
             raise UserError(f"views.{key}={size} is not a multiple of the backbone's patch of {patch} px: try {near}")
