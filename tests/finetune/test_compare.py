@@ -201,4 +201,5 @@ def test_other_images_labels_and_a_lone_result_are_refused(folders, tmp_path, ca
 def test_a_comparison_is_not_compared_again(folders, tmp_path, capsys):
     run(tmp_path / "out", *folders.values())
     assert main(["compare", str(tmp_path / "out"), "--out", str(tmp_path / "more")]) == 2
-    assert "only results that judge others" in capsys.readouterr().err
+    assert f"{tmp_path / 'out'}: no result there can be judged" in (error := capsys.readouterr().err)
+    assert "(compare-knn) judges another result" in error
