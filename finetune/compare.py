@@ -26,13 +26,13 @@ from finetune import judged, results
 from finetune.judged import Judged
 from finetune.metrics import Interval
 from finetune.pages import begin, cell, close, plain, title
-from finetune.resample import Draws, Statistic, holm, resample
+from finetune.resample import Draws, Statistic, enough, holm, resample
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.page import Page
 from shards.terminal import Terminal
 
-RESAMPLES = 10_000  # the smallest p-value is 2 / 10,001: it must survive being multiplied by the number of comparisons
+RESAMPLES = 10_000  # at least: a verdict near 5 % should not hang on the draw
 ALPHA = 0.05
 NOT_SHOWN = "not shown to be better"
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     metrics |= {f"{metric}: {c.a} minus {c.b}": c.difference for c in compared}
     detail = {
         "metric": metric,
-        "resamples": RESAMPLES,
+        "resamples": enough(len(pairs), RESAMPLES),
         "results": {name: str(one.result.path) for name, one in named.items()},
         "values": {name: {m: asdict(i) for m, i in own.items()} for name, own in values.items()},
         "comparisons": [{**asdict(c), "verdict": c.verdict} for c in compared],
@@ -147,7 +147,7 @@ def compare(
 
     decides = {name: statistic(one, metric) for name, one in named.items()}
     others = {f"{m}: {name}": statistic(one, m) for name, one in named.items() for m in rest}
-    draws = resample(decides, first.group, RESAMPLES, doing=f"{metric} of {len(named)} results")
+    draws = resample(decides, first.group, enough(len(pairs), RESAMPLES), doing=f"{metric} of {len(named)} results")
     more = resample(others, first.group, doing="the other metrics") if rest else {}
     values = {name: {metric: draws[name].interval} | {m: more[f"{m}: {name}"].interval for m in rest} for name in named}
     differences = [draws[a] - draws[b] for a, b in pairs]

@@ -30,6 +30,7 @@ from finetune.columns import meta_column
 from finetune.encoder import Encoder
 from finetune.features import Features
 from finetune.metrics import Interval, bootstrap
+from finetune.resample import enough, holm
 from finetune.shift import Comparison
 from hybridssl.errors import UserError
 from shards.address import public
@@ -193,12 +194,12 @@ def compare_parts(
         parts.append(("time", str(name), parts[0][2], periods == name))
     parts = [part for part in parts if len(np.unique(asked.group[part[3]])) >= LEAST]
     compared = [
-        shift.compare(units(reference.take(old), seed), units(asked.take(new), seed), seed)
+        shift.compare(units(reference.take(old), seed), units(asked.take(new), seed), seed, enough(len(parts)) - 1)
         for _, _, old, new in track(parts, "comparing", console=Terminal(stderr=True), transient=True)
     ]
-    corrected = shift.holm(np.array([c.p for c in compared]))
+    corrected = holm([c.p for c in compared])
     return [
-        Line(kind, name, int(new.sum()), c, far_share(percentile[new], asked.group[new]), float(p))
+        Line(kind, name, int(new.sum()), c, far_share(percentile[new], asked.group[new]), p)
         for (kind, name, _, new), c, p in zip(parts, compared, corrected, strict=True)
     ]
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from finetune import efficiency_page, options, results, task
 from finetune.arms import Arm, Truth, columns, pixel_lengths, read, statistics_of
-from finetune.efficiency_figures import compare, costs, describe
+from finetune.efficiency_figures import compare, costs, describe, pairs
 from finetune.encoder import Encoder
 from finetune.features import Features, groups_of
 from finetune.kinds import Kind
@@ -38,7 +38,7 @@ from finetune.measurements import NAMES, largest
 from finetune.patch_samples import Samples, collect
 from finetune.patches import load_encoder
 from finetune.promptable import JITTER, KINDS, PROMPTS, Promptable, load_promptable
-from finetune.resample import resample
+from finetune.resample import enough, resample
 from finetune.segment import masked_splits
 from finetune.segmenters import HEADS, train_head
 from finetune.splits import Leaks, find_leaks, guard, label_subset
@@ -135,9 +135,14 @@ def finish(
 ) -> None:
     """Intervals and comparisons of what was read, then results.json, the measurements of every case, and the page."""
     work = {f"{arm.name}: {name}": of for arm in arms for name, of in statistics_of(arm, truth).items()}
-    draws = resample(work, samples.group[test], doing="resampling groups")
+    resamples = enough(len(pairs(arms)))
+    draws = resample(work, samples.group[test], resamples, doing="resampling groups")
     detail = about["detail"]
-    detail |= {"arms": [describe(arm, truth, draws) for arm in arms], "comparisons": compare(arms, draws)}
+    detail |= {
+        "resamples": resamples,
+        "arms": [describe(arm, truth, draws) for arm in arms],
+        "comparisons": compare(arms, draws),
+    }
     detail["said"] = [*efficiency_page.said(detail), efficiency_page.NOT_SHOWN]
     about["cost"] |= {"seconds": round(time.monotonic() - started, 2), "peak_memory_mb": task.peak_mb()}
     found = {name: draws[f"{arm}: {statistic}"].interval for name, arm, statistic in headline(arms, detail)}

@@ -45,13 +45,16 @@ def _independent(pair: Array) -> dict[str, Any] | None:
     return {name: [i.value, i.low, i.high] for name, i in found.items()} | {"n": plain.n}
 
 
+def pairs(arms: list[Arm]) -> list[tuple[Arm, Arm, str]]:
+    """What is compared: every head with every kind of prompt, in Dice and in mean ICC."""
+    return [(a, b, m) for m in ("dice", "icc") for b in arms if b.kind for a in arms if a.masks]
+
+
 def compare(arms: list[Arm], draws: dict[str, Draws]) -> list[dict[str, Any]]:
-    """Every head less every kind of prompt, in Dice and in mean ICC: on the same resampled groups, corrected for their
-    number (Holm)."""
-    pairs = [(a, b, m) for m in ("dice", "icc") for b in arms if b.kind for a in arms if a.masks]
-    found = [draws[f"{a.name}: {m}"] - draws[f"{b.name}: {m}"] for a, b, m in pairs]
+    """The first of each of `pairs` less the second: on the same resampled groups, corrected for their number (Holm)."""
+    found = [draws[f"{a.name}: {m}"] - draws[f"{b.name}: {m}"] for a, b, m in pairs(arms)]
     rows = []
-    for (a, b, metric), difference, p in zip(pairs, found, holm([d.p for d in found]), strict=True):
+    for (a, b, metric), difference, p in zip(pairs(arms), found, holm([d.p for d in found]), strict=True):
         side = "better" if difference.value > 0 else "worse"
         verdict = side if p <= ALPHA else "not shown to differ"
         rows.append(

@@ -17,7 +17,7 @@ import numpy as np
 from finetune.judged import Judged
 from finetune.kinds import Kind
 from finetune.metrics import Array, Interval
-from finetune.resample import Draws, Statistic, holm, resample
+from finetune.resample import Draws, Statistic, enough, holm, resample
 from finetune.subgroups import UNKNOWN, names
 from hybridssl.errors import UserError
 
@@ -107,7 +107,7 @@ def judge(one: Judged, kind: Kind, values: Array, least: int, headline: str, doi
             statistics[f"{metric} in {name}"] = _inside(one, kind, metric, rows[name])
             if not _lacking(one, kind, metric, rest[name]):
                 statistics[f"{metric} outside {name}"] = _inside(one, kind, metric, rest[name])
-    draws = resample(statistics, one.group, doing=doing)
+    draws = resample(statistics, one.group, enough(max(map(len, ranked.values()))), doing=doing)
     overall = {m: draws[f"{m} of all"].interval for m in kind.metrics}
     standing = {m: _standing(draws, m, ranked[m], sizes) for m in kind.metrics if ranked[m]}
     gaps = {m: _gap(draws, m, ranked[m]) for m in kind.metrics if len(ranked[m]) > 1}

@@ -15,6 +15,7 @@ import numpy as np
 
 Array = np.ndarray
 RESAMPLES = 1000
+BLOCK = 2**22  # numbers, 32 MiB: of weights of resamples that are held at once
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def group_weights(groups: Array, resamples: int = RESAMPLES, seed: int = 0) -> I
     there are get drawn with replacement. In blocks, so that memory does not grow with resamples x images."""
     _, member = np.unique(groups, return_inverse=True)
     count, rng = int(member.max()) + 1, np.random.default_rng(seed)
-    block = max(1, 2**24 // len(member))
+    block = max(1, BLOCK // len(member))
     for start in range(0, resamples, block):
         draws = rng.integers(count, size=(min(block, resamples - start), count))
         times = np.zeros(draws.shape)

@@ -72,6 +72,12 @@ def resample(
         return {name: Draws(float(f(ones)[0]), np.concatenate(drawn[name])) for name, f in statistics.items()}
 
 
+def enough(comparisons: int, least: int = RESAMPLES) -> int:
+    """Resamples for p-values that `holm` adjusts for so many comparisons: the smallest there is, 2 / (resamples + 1),
+    stays below .01 then. With a fixed number of resamples, many comparisons could never show anything."""
+    return max(least, 200 * comparisons)
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """p-values adjusted for their number, in the order given: Holm (1979), the sequentially rejective Bonferroni test.
 

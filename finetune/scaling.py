@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from finetune import adapt, heads, options, results, scaling_page, task, ways, written
-from finetune.resample import Draws, holm, resample
+from finetune.resample import Draws, enough, holm, resample
 from finetune.results import Result
 from finetune.task import Task
 from hybridssl.errors import UserError
@@ -121,7 +121,8 @@ def compute(work: Task, share: float, method: str, settings: dict[str, Any], arg
 
 def write(work: Task, cells: list[Result], skipped: list[str]) -> None:
     """OUT/scaling/results.json, a row a cell, and the page."""
-    metric, draws = work.kind.select_by, [draws_of(cell, work) for cell in cells]
+    compared = pairs(cells)
+    metric, draws = work.kind.select_by, draws_of(cells, work, enough(len(compared)))
     rows = [row_of(cell, drawn, each, work) for cell, (drawn, each) in zip(cells, draws, strict=True)]
     found, choices, grid = {}, [], {}
     for cell, row, (drawn, _) in zip(cells, rows, draws, strict=True):
@@ -138,28 +139,34 @@ def write(work: Task, cells: list[Result], skipped: list[str]) -> None:
     if len(work.args.seeds) == 1:
         notes.append("one seed: the bands do not hold the luck of which labels are drawn; add --seeds 0 1 2 3 4")
     arrays = {"drawn": np.stack([drawn.drawn for drawn, _ in draws]), "number": work.features.numbers[work.test]}
-    pairs = paired(rows, [drawn for drawn, _ in draws])
-    said = scaling_page.said(pairs, rows, metric, len(work.args.seeds))
-    detail = {"metric": metric, "rows": rows, "paired": pairs, "said": said}
+    differences = paired(rows, [drawn for drawn, _ in draws], compared)
+    said = scaling_page.said(differences, rows, metric, len(work.args.seeds))
+    detail = {"metric": metric, "rows": rows, "paired": differences, "said": said}
     selected = {"grid": grid, "choices": choices}
     result = written.write(work, "scaling", found, selected, labels, arrays, notes, detail=detail)
     Terminal().print(f"page: {scaling_page.page(result)}", soft_wrap=True)
 
 
-def draws_of(cell: Result, work: Task) -> tuple[Draws, list[float]]:
-    """The metric that chooses, mean over the seeds, on resampled groups and seeds; and its value of every seed.
+def draws_of(cells: list[Result], work: Task, resamples: int) -> list[tuple[Draws, list[float]]]:
+    """Of every cell the metric that chooses: its mean over the seeds, on resampled groups and seeds, and each seed's.
 
-    Groups and seeds are drawn independently (the pigeonhole bootstrap of Owen, 0712.1111), with the same random numbers
-    for every cell, so that differences between cells are paired in both.
+    Groups and seeds are drawn independently (the pigeonhole bootstrap of Owen, 0712.1111), the same ones for all cells,
+    so that differences between cells are paired in both.
     """
-    kept, metric = cell.predictions(), work.kind.metrics[work.kind.select_by]
-    y, runs = kept["y"], kept["scores"].astype(np.float64)
-    statistics = {str(s): (lambda weight, run=run: metric(y, run, weight)) for s, run in enumerate(runs)}
-    found = list(resample(statistics, kept["group"]).values())
-    each = np.stack([draw.drawn for draw in found], axis=1)  # [R, S]
-    picked = np.random.default_rng(0).integers(len(runs), size=each.shape)
-    values = [draw.value for draw in found]
-    return Draws(float(np.mean(values)), np.take_along_axis(each, picked, axis=1).mean(1)), values
+    metric, statistics = work.kind.metrics[work.kind.select_by], {}
+    for n, cell in enumerate(cells):
+        kept = cell.predictions()
+        for s, run in enumerate(kept["scores"].astype(np.float64)):
+            statistics[f"{n} {s}"] = lambda weight, y=kept["y"], run=run: metric(y, run, weight)
+    group, seeds = work.features.group[work.test], len(work.args.seeds)
+    draws = resample(statistics, group, resamples, doing=f"resampling {len(cells):,} cells")
+    picked = np.random.default_rng(0).integers(seeds, size=(resamples, seeds))
+    found = []
+    for n in range(len(cells)):
+        own = [draws[f"{n} {s}"] for s in range(seeds)]
+        each, values = np.stack([draw.drawn for draw in own], axis=1), [draw.value for draw in own]  # [R, S]
+        found.append((Draws(float(np.mean(values)), np.take_along_axis(each, picked, axis=1).mean(1)), values))
+    return found
 
 
 def row_of(cell: Result, drawn: Draws, each: list[float], work: Task) -> dict[str, Any]:
@@ -178,19 +185,27 @@ def row_of(cell: Result, drawn: Draws, each: list[float], work: Task) -> dict[st
     }
 
 
-def paired(rows: list[dict[str, Any]], draws: list[Draws]) -> list[dict[str, Any]]:
-    """At every share: each method against the first one on the same backbone, and the first backbone against each other
-    by the same method. p is adjusted for the number of all these comparisons (Holm)."""
-    at = {(row["backbone"], row["method"], row["share"]): n for n, row in enumerate(rows)}
-    backbone, method = rows[0]["backbone"], rows[0]["method"]
+def pairs(cells: list[Result]) -> list[tuple[int, int]]:
+    """Positions of the cells that are compared: at every share each method with the first one on the same backbone, and
+    the first backbone with each other by the same method."""
+    keys = [(cell.about["backbone"]["name"], cell.protocol, cell.about["data"]["labels"]) for cell in cells]
+    at = {key: n for n, key in enumerate(keys)}
+    backbone, method, _ = keys[0]
     found = []
     for (name, how, share), n in at.items():
         others = {(name, method, share)} if how != method else set()
         others |= {(backbone, how, share)} if name != backbone else set()
-        for other in sorted(others & at.keys()):
-            gap = draws[n] - draws[at[other]]
-            keys = {"share": share, "a": [name, how], "b": list(other[:2])}
-            found.append({**keys, **heads.as_dict(gap.interval), "p": gap.p})
+        found += [(n, at[other]) for other in sorted(others & at.keys())]
+    return found
+
+
+def paired(rows: list[dict[str, Any]], draws: list[Draws], compared: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """The first of each of `pairs` less the second. p is adjusted for the number of all these comparisons (Holm)."""
+    found = []
+    for a, b in compared:
+        one, other, gap = rows[a], rows[b], draws[a] - draws[b]
+        names = {"a": [one["backbone"], one["method"]], "b": [other["backbone"], other["method"]]}
+        found.append({"share": one["share"], **names, **heads.as_dict(gap.interval), "p": gap.p})
     for entry, p in zip(found, holm([entry["p"] for entry in found]), strict=True):
         entry["p_holm"] = p
     return found

@@ -15,7 +15,7 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.model_selection import train_test_split
 
-from finetune.metrics import RESAMPLES, Interval, bootstrap, group_weights, macro_auroc
+from finetune.metrics import BLOCK, RESAMPLES, Interval, bootstrap, group_weights, macro_auroc
 from finetune.others import nearest
 from finetune.probe import spread
 
@@ -69,7 +69,8 @@ def mmd2(aa: Array, ab: Array, bb: Array, wa: Array, wb: Array) -> Array:
 
 
 def compare(reference: Array, new: Array, seed: int = 0, resamples: int = RESAMPLES - 1) -> Comparison:
-    """reference [N, D], new [M, D]: features of units, one a group.
+    """reference [N, D], new [M, D]: features of units, one a group. resamples: of the null; where there are several
+    comparisons, one less than `resample.enough`.
 
     Where the new set has more units than half of the reference, both take part with so many, drawn at random: the null
     is made of disjoint parts of the reference, and is a null only for parts of the same sizes.
@@ -90,16 +91,24 @@ def compare(reference: Array, new: Array, seed: int = 0, resamples: int = RESAMP
     nn = kernel(euclidean_distances(new, squared=True))
     np.fill_diagonal(rr, 0)
     np.fill_diagonal(nn, 0)
-    halves = np.zeros((resamples, len(reference)), dtype=np.float32)
-    for row in halves:
-        row[rng.permutation(len(reference))[:b]] = 1
-    null = mmd2(rr, rr, rr, 1 - halves, halves)
+    null = _null(rr, b, resamples, rng)
     aa, ab = rr[:a, :a], rn[:a]
     value = mmd2(aa, ab, nn, np.ones((1, a), np.float32), np.ones((1, b), np.float32))[0]
-    draws = (np.concatenate(list(group_weights(np.arange(n), resamples, seed + n))) for n in (a, b))
+    draws = (np.concatenate(list(group_weights(np.arange(n), RESAMPLES, seed + n))) for n in (a, b))
     drawn = mmd2(aa, ab, nn, *(w.astype(np.float32) for w in draws))
     low, high = np.percentile(drawn, [2.5, 97.5])
     return Comparison(a, b, Interval(float(value), float(low), float(high)), null, told_apart(reference, new, seed))
+
+
+def _null(kernel: Array, part: int, resamples: int, rng: np.random.Generator) -> Array:
+    """float64 [R]: MMD^2 of `part` of the units, drawn at random, against all the others. kernel [N, N], its diagonal
+    zero. In blocks, so that memory does not grow with the resamples."""
+    inside = (np.arange(len(kernel)) < part).astype(np.float32)
+    block, found = max(1, BLOCK // len(kernel)), []
+    for start in range(0, resamples, block):
+        drawn = rng.permuted(np.tile(inside, (min(block, resamples - start), 1)), axis=1)
+        found.append(mmd2(kernel, kernel, kernel, 1 - drawn, drawn))
+    return np.concatenate(found)
 
 
 def told_apart(a: Array, b: Array, seed: int = 0) -> Interval:
@@ -116,15 +125,6 @@ def told_apart(a: Array, b: Array, seed: int = 0) -> Interval:
     return bootstrap(side[judged], np.stack([-score, score], 1), np.asarray(judged), {"auroc": macro_auroc}, seed=seed)[
         "auroc"
     ]
-
-
-def holm(ps: Array) -> Array:
-    """p-values [T], corrected so that the chance of any false alarm among all T stays at the rate (Holm 1979)."""
-    order = np.argsort(ps)
-    raised = np.maximum.accumulate(np.asarray(ps)[order] * np.arange(len(ps), 0, -1))
-    corrected = np.empty(len(ps))
-    corrected[order] = np.minimum(raised, 1)
-    return corrected
 
 
 def distances(reference: Array, group: Array, asked: Array, asked_group: Array) -> tuple[Array, Array]:

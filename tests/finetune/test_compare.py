@@ -9,12 +9,12 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from finetune import kinds, metrics, results
+from finetune import compare, kinds, metrics, results
 from finetune.__main__ import main
 from finetune.judged import Part
 from finetune.metrics import accuracy
-from finetune.resample import Draws, holm, resample
-from tests.finetune.judging import CLASSES, flip, patients, write
+from finetune.resample import Draws, enough, holm, resample
+from tests.finetune.judging import CLASSES, flip, opened, patients, write
 from tests.finetune.looked import look
 
 # -- resamples --------------------------------------------------------------------------------------------------------
@@ -62,6 +62,12 @@ def test_p_of_clear_cases():
 
 
 # -- Holm -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 6, 54, 600])
+def test_a_difference_in_every_resample_outlives_its_correction(count):
+    p = Draws(1.0, np.ones(enough(count))).p
+    assert max(holm([p] * count)) <= 0.01
 
 
 def test_holms_worked_example():
@@ -123,6 +129,14 @@ def test_verdicts(folders, tmp_path, capsys):
     assert "twin is not shown to be better or worse than good" in text
     assert 'href="../../poor/knn/results.json"' in text
     assert "no null baseline among them" in capsys.readouterr().out
+
+
+def test_many_comparisons_get_more_resamples(folders, monkeypatch):
+    """At 10,000, the p of a difference that every resample shows would become .06 by its 300 comparisons."""
+    monkeypatch.setattr(compare, "RESAMPLES", 1000)  # fast, and as far too few for 30 comparisons
+    named = {str(n): opened(folders["good"]) for n in range(30)} | {"poor": opened(folders["poor"])}
+    _, compared = compare.compare(named, [("poor", str(n)) for n in range(30)], "accuracy")
+    assert {c.verdict for c in compared} == {"worse"}
 
 
 def test_against_another_and_each_with_each(folders, tmp_path):

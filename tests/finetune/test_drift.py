@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
+from typing import cast
 
 import cv2
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 
 from finetune import drift, results, shift
 from finetune.__main__ import main
+from finetune.features import Features
 from shards.build import build as build_shards
+from shards.index import Index
 from tests.finetune.conftest import make_index, rows
 from tests.finetune.looked import look
 
@@ -98,9 +102,21 @@ def test_classifier_says_half_for_the_same_and_one_for_the_different():
     assert apart.low > 0.97
 
 
-def test_holm_is_what_he_wrote():
-    np.testing.assert_allclose(shift.holm(np.array([0.01, 0.04, 0.03, 0.005])), [0.03, 0.06, 0.06, 0.02])
-    np.testing.assert_allclose(shift.holm(np.array([0.5, 0.9])), [1, 1])
+def test_a_month_can_raise_an_alarm_however_many_there_are(kernel_only):
+    """Sixty months, the last of which differ. Of 999 parts of the reference, no p would be left below .06."""
+    rng = np.random.default_rng(0)
+
+    def features(x):
+        numbers, none = np.arange(len(x)), np.zeros((len(x), 0), np.uint8)
+        index = cast(Index, SimpleNamespace(sources=()))
+        return Features({"cls": x}, none, numbers, np.full(len(x), -1), numbers, (), index)
+
+    months = np.repeat([f"{n:02d}" for n in range(60)], drift.LEAST)
+    new = rng.normal(size=(len(months), 2)) + 3 * (months >= "58")[:, None]
+    lines = drift.compare_parts(features(rng.normal(size=(80, 2))), features(new), months, np.zeros(len(new)), 0)
+    alarms = [line.name for line in lines if line.kind == "time" and line.alarm]
+    assert {"58", "59"} <= set(alarms)
+    assert len(alarms) <= 3
 
 
 def test_distance_is_to_the_fifth_of_another_group():

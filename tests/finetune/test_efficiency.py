@@ -92,6 +92,11 @@ def test_both_halves_are_judged_by_their_measurements(compared):
     assert len(detail["comparisons"]) == 2 * 2 * 3
 
 
+def test_differences_can_be_shown_whatever_their_number(compared):
+    detail = results.read(compared / "results.json").about["detail"]
+    assert 2 * len(detail["comparisons"]) / (detail["resamples"] + 1) <= 0.01, "the smallest p that Holm can leave"
+
+
 def test_the_area_of_a_case_is_that_of_its_mask(compared, discs):
     arrays = results.read(compared / "results.json").predictions()
     for number, area in zip(arrays["number"], arrays["truth_area"], strict=True):
@@ -281,6 +286,7 @@ def test_intervals_are_of_groups(compared):
     result = results.read(compared / "results.json")
     arrays = result.predictions()
     values = np.stack([dice(counts) for counts in arrays["counts_masks_30"]])
-    drawn = np.concatenate([w @ values.mean(0) / w.sum(1) for w in metrics.group_weights(arrays["group"])])
+    weights = metrics.group_weights(arrays["group"], result.about["detail"]["resamples"])
+    drawn = np.concatenate([w @ values.mean(0) / w.sum(1) for w in weights])
     low, high = np.percentile(drawn, [2.5, 97.5])
     assert (result.metrics["dice"].low, result.metrics["dice"].high) == pytest.approx((low, high))

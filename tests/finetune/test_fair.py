@@ -99,6 +99,15 @@ def test_each_subgroup_is_the_metric_of_scikit_learn_on_its_images(unequal):
     assert (which, wide) == (larger, found.gaps[larger])
 
 
+def test_one_bad_hospital_of_thirty_is_found(tmp_path):
+    """Holm multiplies by 30: of 1,000 resamples no p would have been left below .06."""
+    part = patients(600, 1, size=2)
+    site = np.array([f"site {n}" for n in part.group % 30])
+    wrong = np.where((site == "site 7")[:, None], np.roll(np.eye(3)[part.y], 1, axis=1), part.scores)
+    found = judge(opened(write(tmp_path / "mine/knn", replace(part, scores=wrong))), ACCURACY, site, 10, "accuracy")
+    assert found.standing["accuracy"]["site 7"].verdict == "lower than the rest"
+
+
 def test_the_gap_is_the_paired_difference_over_resampled_groups(unequal):
     folder, part, sex = unequal
     found = judge(opened(folder), ACCURACY, sex, 30, "accuracy")

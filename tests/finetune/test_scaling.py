@@ -9,6 +9,7 @@ import pytest
 
 from finetune import adapt, metrics, probe, results, scaling, scaling_page, ways
 from finetune.__main__ import main
+from finetune.resample import enough
 from tests.finetune.looked import look
 
 FAST = ["--epochs", 1, "--steps", 1, "--train-batch", 8, "--lr", 1e-3]
@@ -78,6 +79,7 @@ def test_comparisons_are_paired_and_adjusted(done):
     drawn = done.predictions()["drawn"]
     at = {(row["backbone"], row["method"], row["share"]): n for n, row in enumerate(rows)}
     assert len(pairs) == 2 * (2 + 1 + 2), "a share: two methods against knn, one there, and two backbones by each"
+    assert drawn.shape[1] == enough(10), "more of them for more comparisons"
     for entry in pairs:
         a, b = (at[(*entry[side], entry["share"])] for side in "ab")
         assert entry["value"] == pytest.approx(rows[a]["value"] - rows[b]["value"])
