@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from shards.address import ADDRESS
+from shards.cells import cell, labels_of
 from shards.columns import MEMBERS, fit, map_columns
 from shards.errors import DataError
 from shards.format import FORMAT, MAX_CHANNELS, VERSION, Sample
@@ -171,7 +172,7 @@ class Index:
             image=parts["image"] or b"",
             labels=self._labels(i, row),
             source="" if source < 0 else self.sources[source],
-            group=str(row.get("group") or ""),
+            group=cell(row.get("group"), f"sample {self.key(i)}: its group"),
             split=self.splits[int(self.column("split")[i])],
             meta=_meta(row),
             mask=parts["mask"],
@@ -188,7 +189,7 @@ class Index:
 
     def _labels(self, i: int, row: dict[str, Any]) -> tuple[str, ...]:
         label = int(self.column("label")[i])  # a foreign tar has `cls` instead of a row
-        found = labels_of(row) or (() if label < 0 else (self.classes[label],))
+        found = labels_of(row, f"sample {self.key(i)}") or (() if label < 0 else (self.classes[label],))
         if strange := [name for name in found if name not in self._known]:
             raise DataError(f"sample {self.key(i)}: its label {strange[0]!r} is not in the index: index it again")
         return found
@@ -259,13 +260,6 @@ class Index:
             return OPEN_SHARDS
         largest = max(shard["bytes"] for shard in self.shards)  # what is mapped cannot make way in the cache
         return max(1, min(OPEN_SHARDS, self.remote.cache.size // 4 // max(largest, 1)))
-
-
-def labels_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """The labels in a `json` member: a string, a number, a list of either, or nothing."""
-    value = row.get("label")
-    values = value if isinstance(value, list) else [value]
-    return tuple(str(v) for v in values if isinstance(v, str | int) and not isinstance(v, bool) and str(v))
 
 
 def _meta(row: dict[str, Any]) -> dict[str, Any]:

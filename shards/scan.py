@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from safetensors.numpy import save_file
 
+from shards.cells import cell, labels_of
 from shards.errors import DataError
 from shards.format import CREATED_BY, FORMAT, IMAGE_EXTENSIONS, PICKLED, SPLITS, VERSION, hash64
-from shards.index import MEMBERS, Index, file_sha256, labels_of
+from shards.index import MEMBERS, Index, file_sha256
 
 Member = tuple[int, int]  # byte offset and size
 Record = dict[str, Any]  # key, labels, source, split, group and digest (hashes), and a Member for each of MEMBERS
@@ -173,18 +174,19 @@ def _record(file: BinaryIO, key: str, members: dict[str, Member], source: str, s
     if image is None:
         return None
     row = _json(file, key, members)
-    labels = labels_of(row)
+    where = f"{file.name}: sample {key!r}"
+    labels = labels_of(row, where)
     if not labels and "cls" in members:
         labels = (_read(file, members["cls"]).decode("utf-8", "replace").strip(),)
     labels = tuple(label for label in labels if label)
-    group = str(row.get("group") or "")
+    said = {name: cell(row.get(name), f"{where}: its {name}") for name in ("source", "split", "group")}
     found = {"image": image, "json": members.get("json"), "mask": members.get("mask.png"), "txt": members.get("txt")}
     return {
         "key": key,
         "labels": labels,
-        "source": str(row.get("source") or source or ("default" if labels else "")),
-        "split": str(row.get("split") or split),
-        "group": hash64(group.encode()) if group else 0,
+        "source": said["source"] or source or ("default" if labels else ""),
+        "split": said["split"] or split,
+        "group": hash64(said["group"].encode()) if said["group"] else 0,
         "digest": hash64(_read(file, image)),
         **{name: member or (0, 0) for name, member in found.items()},
     }

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shards import readers
+from shards.cells import there, whole
 from shards.errors import DataError
 from shards.sources import SUFFIXES
 from shards.spreadsheet import restored
@@ -95,10 +96,10 @@ def read_table(
             Row(
                 image=images[name],
                 name=name,
-                labels=tuple(part.strip() for part in cell.get("label", "").split("|") if part.strip()),
-                source=cell.get("source", ""),
-                group=cell.get("group", ""),
-                split=split_name(cell.get("split", "")),
+                labels=tuple(whole(part.strip()) for part in cell.get("label", "").split("|") if part.strip()),
+                source=whole(cell.get("source", "")),
+                group=whole(cell.get("group", "")),
+                split=split_name(whole(cell.get("split", ""))),
                 text=cell.get("text", ""),
                 mask=find.mask(cell["mask"], where) if cell.get("mask") else None,
                 meta={k: v for k, v in cells.items() if k not in columns.values() and v != ""},
@@ -135,7 +136,7 @@ def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
                         f"{table} row {reader.line_num} has {len(cells)} cells where the header has {len(header)}: "
                         'put a cell that holds the separator in "quotes"'
                     )
-                lines.append((reader.line_num, dict(zip(header, map(restored, cells), strict=True))))
+                lines.append((reader.line_num, dict(zip(header, map(there, map(restored, cells)), strict=True))))
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8 text (byte {error.start:,}): save it as CSV UTF-8") from None
     except csv.Error as error:
@@ -164,7 +165,7 @@ def _cell(value: Any) -> str:
     """A value of Parquet as it would stand in CSV: nothing is empty, and a list is `a|b`."""
     if isinstance(value, list):
         return "|".join(_cell(part) for part in value)
-    return "" if value is None or value != value else str(value)
+    return "" if value is None else there(str(value))
 
 
 def _columns(table: Path, header: list[str], asked: dict[str, str]) -> dict[str, str]:
