@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -132,6 +133,14 @@ def _decode_planes(image: Image.Image, data: bytes, channels: int, pages: int) -
             raise DataError(f"pages {parts[0].shape} and {parts[-1].shape} do not make one image")
     values = np.concatenate(parts, axis=2)
     return values if values.dtype == np.uint8 else _eight_bits(values, max(tops))
+
+
+def short_side(data: bytes) -> int:
+    """Of an image as it is stored, in pixels; nothing but its header is read. DataError when it is damaged."""
+    if extension(data) == "jpg":
+        with suppress(ValueError):  # as in `decode`
+            return min(simplejpeg.decode_jpeg_header(data)[:2])  # type: ignore[type-var]
+    return min(_open(data).size)
 
 
 def decode_mask(data: bytes) -> np.ndarray:

@@ -16,11 +16,14 @@ import numpy as np
 from shards import readers
 from shards.encode import encode, shrink
 from shards.errors import DataError
-from shards.format import decode, decode_mask, extension, hash64
+from shards.format import decode, decode_mask, extension, hash64, short_side
 from shards.options import BuildOptions
 from shards.sources import Frame, choose, error_name, fill_bits, frames
 from shards.split import parse_split, split_of
 from shards.table import Row
+
+# Columns and DICOM tags that hold the length of a pixel.
+_LENGTHS = ("mm_per_pixel", "PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,13 @@ def pack(row: Row, options: BuildOptions, drop: frozenset[str] = frozenset()) ->
     """`drop`: keys to leave out. Raises nothing: a file that cannot be read is no reason to stop."""
     result = Result()
     try:
-        for number, count, stored, size, said in _images(row, options):
-            key = key_of(row.name) + (f"-{number:05d}" if count > 1 else "")
+        for image in _images(row, options):
+            key = key_of(row.name) + (f"-{image.number:05d}" if image.count > 1 else "")
             if key in drop:
                 result.dropped += 1
                 continue
-            pixels = _pixels(stored, options.channels) if options.drop_duplicates == "exact" else 0
-            result.samples.append(Packed(key, _members(row, options, stored, size, said, count > 1), pixels))
+            pixels = _pixels(image.stored, options.channels) if options.drop_duplicates == "exact" else 0
+            result.samples.append(Packed(key, _members(row, options, image), pixels))
     except DataError as error:
         result.bad.append({"path": row.name, "reason": str(error)})
     except Exception as error:  # what no one foresaw; its words may quote the file
@@ -68,11 +71,19 @@ def name_digest(name: str) -> str:
     return blake2b(name.encode(), digest_size=8).hexdigest()
 
 
-_Image = tuple[int, int, bytes, tuple[int, int], dict[str, Any]]  # number, of how many, bytes, size, group and meta
+@dataclass(frozen=True)
+class _Image:
+    """One image of a file, as it is stored."""
+
+    number: int
+    count: int  # of images in the file
+    stored: bytes
+    said: dict[str, Any]  # group and meta
+    size: tuple[int, int] = (0, 0)  # height and width, where a short side was asked for
+    shrunk: float = 1.0  # its short side before, over that of now
 
 
 def _images(row: Row, options: BuildOptions) -> Iterator[_Image]:
-    """Every image of a file, as it is stored, with the size of what was shrunk, or (0, 0)."""
     if row.slices:
         parts, said = _slices(row, options)
         yield from _encoded(((n, len(parts), part) for n, part in enumerate(parts)), options, said)
@@ -83,10 +94,12 @@ def _images(row: Row, options: BuildOptions) -> Iterator[_Image]:
         yield from _encoded(opened.frames, options, {"group": opened.group, "meta": opened.meta})
     elif _as_it_is(data, options):
         image = decode(data, options.short_side or 1, options.channels)  # at scale 1/8 every byte is still parsed
-        if options.short_side:
-            image = shrink(image, options.short_side)
-            data = encode(Frame(image), options.quality)
-        yield 0, 1, data, image.shape[:2] if options.short_side else (0, 0), {}
+        if not options.short_side:
+            yield _Image(0, 1, data, {})
+            return
+        image = shrink(image, options.short_side)
+        stored = encode(Frame(image), options.quality)
+        yield _Image(0, 1, stored, {}, image.shape[:2], short_side(data) / min(image.shape[:2]))
     else:
         yield from _encoded(frames(data, options.channels, options.frames), options, {})
 
@@ -141,7 +154,8 @@ def _encoded(found: Iterator[tuple[int, int, Frame]], options: BuildOptions, sai
             raise DataError(f"an image of {planes} planes where --channels says {options.channels}{hint}")
         small = shrink(frame.pixels, options.short_side)
         stored = encode(fill_bits(Frame(small, frame.full), options.bits), options.quality * bool(options.short_side))
-        yield number, count, stored, small.shape[:2] if options.short_side else (0, 0), said
+        size = small.shape[:2] if options.short_side else (0, 0)
+        yield _Image(number, count, stored, said, size, min(frame.pixels.shape[:2]) / min(small.shape[:2]))
 
 
 def _stacked(found: Iterator[tuple[int, int, Frame]]) -> Iterator[tuple[int, int, Frame]]:
@@ -156,12 +170,10 @@ def _stacked(found: Iterator[tuple[int, int, Frame]]) -> Iterator[tuple[int, int
     yield 0, 1, Frame(np.concatenate([part.pixels for part in parts], axis=2), parts[0].full)
 
 
-def _members(
-    row: Row, options: BuildOptions, stored: bytes, size: tuple[int, int], said: dict[str, Any], several: bool
-) -> dict[str, bytes]:
-    meta = row.meta | said.get("meta", {}) | {"path": row.name}
+def _members(row: Row, options: BuildOptions, image: _Image) -> dict[str, bytes]:
+    meta = _stretched(row.meta | image.said.get("meta", {}), image.shrunk) | {"path": row.name}
     # Where no patient is known, the frames of a study, or of a file, stay together all the same.
-    group = row.group or said.get("group") or meta.get("study", "") or (row.name if several else "")
+    group = row.group or image.said.get("group") or meta.get("study", "") or (row.name if image.count > 1 else "")
     split = row.split
     if options.split and not options.stratify:
         by = meta.get(options.by, "") if _by_meta(options) else group
@@ -174,12 +186,28 @@ def _members(
         "split": split,
         "meta": meta,
     }
-    members = {extension(stored): stored, "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode()}
+    told = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+    members = {extension(image.stored): image.stored, "json": told}
     if row.text:
         members["txt"] = row.text.encode()
     if row.mask is not None:
-        members["mask.png"] = _mask(row.mask, size if any(size) else None)
+        members["mask.png"] = _mask(row.mask, image.size if any(image.size) else None)
     return members
+
+
+def _stretched(meta: dict[str, Any], shrunk: float) -> dict[str, Any]:
+    """The lengths of a pixel are given for the file; those of the stored image are longer by as much as it shrank."""
+    return meta if shrunk == 1 else meta | {name: _times(meta[name], shrunk) for name in _LENGTHS if name in meta}
+
+
+def _times(value: Any, factor: float) -> Any:
+    """A number, a text that is one, or each of a list; other text stays as it is, for whoever reads it to refuse."""
+    if isinstance(value, list):
+        return [_times(part, factor) for part in value]
+    try:
+        return f"{float(value) * factor:.9g}" if isinstance(value, str) else value * factor
+    except ValueError:
+        return value
 
 
 def _by_meta(options: BuildOptions) -> bool:

@@ -118,6 +118,20 @@ def test_shrinking(photos: Path, tmp_path: Path, write_table: Table) -> None:
     assert np.array_equal(decode_mask(sample.mask), np.tile(np.arange(32) >= 16, (24, 1)))
 
 
+def test_the_length_of_a_pixel_is_that_of_the_stored_image(tmp_path: Path, write_table: Table) -> None:
+    """Of a JPEG, which is decoded at a smaller scale, of 16 bits, of what is small enough, and of what is no number."""
+    (tmp_path / "in").mkdir()
+    for name, height, width in (("a.jpg", 480, 640), ("small.jpg", 20, 30), ("said.jpg", 48, 64)):
+        cv2.imwrite(str(tmp_path / "in" / name), np.zeros((height, width, 3), np.uint8))
+    cv2.imwrite(str(tmp_path / "in/wide.tif"), np.zeros((100, 60), np.uint16))
+    given = {"a": "0.05", "small": "0.05", "said": "0,05", "wide": "1"}
+    rows = [{"path": path, "mm_per_pixel": mm} for path, mm in given.items()]
+    table = write_table(tmp_path / "t.csv", rows)
+    index = build(tmp_path / "in", tmp_path / "out", table, BuildOptions(short_side=24)).index
+    found = {Path((meta := index.meta(i))["path"]).stem: meta["mm_per_pixel"] for i in range(len(index))}
+    assert found == {"a": "1", "small": "0.05", "said": "0,05", "wide": "2.5"}
+
+
 def test_tiff_and_bmp_become_png_without_loss(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     array = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

@@ -96,6 +96,14 @@ def test_window_equals_pydicoms(function: str) -> None:
     assert np.allclose(dicom.window(values, 40, 400, function), expected, atol=1e-9)
 
 
+def test_the_spacing_of_a_shrunken_image_is_that_of_its_pixels(tmp_path: Path) -> None:
+    file = make(ramp(0, 4095, np.uint16), ImagerPixelSpacing=[0.1, 0.1])
+    meta = packed(tmp_path, file, short_side=4, tags=("ImagerPixelSpacing",)).meta(0)
+    assert meta["PixelSpacing"] == [2.0, 1.0]
+    assert meta["ImagerPixelSpacing"] == pytest.approx([0.4, 0.4])
+    assert packed(tmp_path, file, overwrite=True).meta(0)["PixelSpacing"] == [0.5, 0.25]
+
+
 def test_rescale_and_windows(tmp_path: Path) -> None:
     stored = ramp(0, 4095, np.uint16)
     units = stored.astype(float) * 2 - 1000
