@@ -155,13 +155,20 @@ class NotThere(FetchError):
 
 def _raise_if_lasting(error: Exception, url: str, said: str) -> None:
     """FetchError for what another try does not mend."""
-    if isinstance(error, FileNotFoundError):
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status == 404:
         raise NotThere(f"{url} does not exist: is the address right?") from None
-    if isinstance(error, PermissionError):
-        raise NotThere(f"{url} may not be read ({said}): check the credentials") from None
+    if isinstance(error, PermissionError) or status in (401, 403):
+        what = f"access was refused ({status or said})"
+        raise NotThere(f"{url} may not be read, or is not there: {what}; check address and credentials") from None
     if isinstance(error, ImportError):
         name = "gs" if url.startswith("gs") else "s3"
         raise FetchError(f"{url} needs another package ({said}): pip install 'hybridssl[{name}]'") from None
+
+
+def _status(error: Exception) -> int | None:
+    """Of HTTP, as aiohttp (https://) tells it, or as requests and httpx (hf://) do."""
+    return getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
 
 
 class _Bounded(Callback):

@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves a folder. `plan[name]` holds what the next requests for a file meet: 500, cut, short, wrong, endless."""
+    """Serves a folder. `plan[name]`: what the next requests for a file meet, a status or cut, short, wrong, endless."""
 
     daemon_threads = True
 
@@ -61,8 +62,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         trouble = plan.pop(0) if plan else ""
         if not trouble:
             return super().do_GET()
-        if trouble == "500":
-            return self.send_error(500)
+        if trouble.isdigit():
+            return self.send_error(int(trouble))
         body = Path(self.translate_path(self.path)).read_bytes()
         if trouble == "wrong":
             body = body[:700] + bytes([body[700] ^ 1]) + body[701:]
@@ -174,6 +175,28 @@ def test_an_address_where_nothing_is(url: str, server: Server, cache: Cache) -> 
     server.plan = {"index.json": ["500"] * 99}
     with pytest.raises(FetchError, match=rf"{url}/index.json could not be fetched in 4 tries"):
         Index.open(url, cache)
+
+
+@pytest.mark.parametrize("status", ["401", "403", "404"])
+def test_what_a_host_refuses_to_list_is_not_there(
+    status: str, url: str, server: Server, index: Index, cache: Cache
+) -> None:
+    """Without the right to list, a store answers 403 for what is absent: classes.csv need not be there."""
+    server.plan = {"classes.csv": [status] * 99}
+    assert Index.open(url, cache).sha256 == index.sha256
+    server.plan = {"index.json": [status] * 99}
+    server.asked.clear()
+    says = "does not exist" if status == "404" else rf"access was refused \({status}\).*credentials"
+    with pytest.raises(FetchError, match=rf"{url}/index\.json.*{says}"):
+        Index.open(url, cache)
+    assert server.asked["index.json"] == 1  # another try mends nothing
+
+
+def test_a_gated_repository_is_refused_by_its_response() -> None:
+    error = OSError("gated")
+    error.response = SimpleNamespace(status_code=403)  # type: ignore[attr-defined]
+    with pytest.raises(remote.NotThere, match=r"hf://x may not be read, .*access was refused \(403\)"):
+        remote._raise_if_lasting(error, "hf://x", "gated")
 
 
 def test_what_is_no_known_address_is_a_folder() -> None:
