@@ -16,7 +16,7 @@ from shards.errors import DataError
 from shards.format import hash64
 from shards.index import Index
 from shards.options import BuildOptions
-from shards.pack import key_of
+from shards.pack import file_key, key_of
 from shards.place import begin, finish, partial_of
 from shards.plan import plan
 from shards.privacy import Salt, missing_salt
@@ -154,12 +154,17 @@ def _stratified(rows: list[Row], options: BuildOptions) -> list[Row]:
 
 
 def _kept(index: Index, by: str) -> dict[Hashable, str]:
-    """{unit: split} of an earlier index."""
+    """{unit: split} of an earlier index. Its files are units too: pages without a group got the name of their file for
+    one, which no row has before it is packed."""
     groups, splits = np.asarray(index.column("group")), np.asarray(index.column("split"))
     metas = (index.meta(i) if by else {} for i in range(len(index)))
     rows = zip(metas, groups.tolist(), splits.tolist(), strict=True)
-    found = {_unit(by, meta, group, index.key(i)): index.splits[split] for i, (meta, group, split) in enumerate(rows)}
-    return {unit: split for unit, split in found.items() if split}
+    found: dict[Hashable, str] = {}
+    for i, (meta, group, split) in enumerate(rows):
+        if split:
+            file = file_key(index.key(i))
+            found[file] = found[_unit(by, meta, group, file)] = index.splits[split]
+    return found
 
 
 def _unit(by: str, meta: dict[str, str], group: int, key: str) -> Hashable:
@@ -178,6 +183,6 @@ def _audited(options: BuildOptions, rows: Sequence[Row]) -> frozenset[str]:
     except (OSError, ValueError, AttributeError, TypeError):
         raise DataError(f"--drop-duplicates {path}: no audit.json that can be read") from None
     known = {key_of(row.name) for row in rows}
-    if drop and not any(key in known or key[:-6] in known for key in drop):  # a frame's key ends in -00012
+    if drop and not any(file_key(key) in known for key in drop):
         raise DataError(f"--drop-duplicates {path}: none of its {len(drop):,} keys is of these images")
     return drop

@@ -49,7 +49,7 @@ def pack(row: Row, options: BuildOptions, drop: frozenset[str] = frozenset()) ->
     result = Result()
     try:
         for image in _images(row, options):
-            key = key_of(row.name) + (f"-{image.number:05d}" if image.count > 1 else "")
+            key = key_of(row.name) + (f"-{image.number:05d}" if image.count > 1 else "")  # file_key undoes it
             if key in drop:
                 result.dropped += 1
                 continue
@@ -65,6 +65,11 @@ def pack(row: Row, options: BuildOptions, drop: frozenset[str] = frozenset()) ->
 def key_of(name: str) -> str:
     """A WebDataset key (no dot, ASCII, unique) from a path: its readable part and a hash of the whole."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", PurePosixPath(name).stem)[:48].strip("_") + "-" + name_digest(name)[:10]
+
+
+def file_key(key: str) -> str:
+    """`key_of` the file that a sample comes from: without the number of its frame or page."""
+    return re.sub(r"(-[0-9a-f]{10})-\d{5,9}$", r"\1", key)
 
 
 def name_digest(name: str) -> str:

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from shards.build import build
 from shards.errors import DataError
@@ -78,3 +80,25 @@ def test_stratified_build_then_a_larger_one(
     assert Counter(second.values()) == {"train": 10, "test": 10}
     with pytest.raises(DataError, match="add for example --split 70/10/20"):
         BuildOptions(stratify=True)
+
+
+def test_pages_stay_in_the_split_of_their_file(tmp_path: Path) -> None:
+    """Without a group, the pages of a file have its name for one."""
+    (tmp_path / "in").mkdir()
+
+    def make(count: int, out: str, **options: object) -> dict[str, set[str]]:
+        for n in range(count):
+            pages = [Image.fromarray(np.full((8, 8), 40 * n + page, np.uint16)) for page in range(2)]
+            pages[0].save(tmp_path / f"in/{n}.tif", save_all=True, append_images=pages[1:])
+        chosen = BuildOptions(split="50/50", stratify=True, **options)
+        index = build(tmp_path / "in", tmp_path / out, options=chosen).index
+        assert len(index) == 2 * count
+        found: dict[str, set[str]] = {}
+        for i in range(len(index)):
+            found.setdefault(index.meta(i)["path"], set()).add(index.splits[int(index.column("split")[i])])
+        return found
+
+    first = make(10, "first")
+    assert all(len(splits) == 1 for splits in first.values())
+    second = make(30, "second", keep_splits=str(tmp_path / "first"))
+    assert {path: second[path] for path in first} == first
