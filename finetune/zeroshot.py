@@ -1,6 +1,6 @@
 """Classes that were never labelled: can the backbone find them by their names in words?
 
-Takes a run folder whose label head started from text (recipe key objectives.labels.init=text): a class that the labels
+Takes a run folder (no export) whose label head started from text (objectives.labels.init=text): a class that the labels
 of the pretraining named has its trained prototype; any other is placed by the same encoder and the same map, from its
 name, synonyms and definition. Takes also CLIP-like models with a text half (hf:ID). No label is used. Reported over
 all classes at once (generalised zero-shot), and over the images of the classes that were labelled in pretraining
@@ -9,7 +9,7 @@ all classes at once (generalised zero-shot), and over the images of the classes 
 --text is a table as `python -m hybridssl prototypes` reads it (class,name,synonyms,definition); without one, the
 classes.csv beside the shards. --encoder is needed only where the recipe names none.
 
-  python -m finetune zeroshot --backbone runs/derm-s --data data/derm --text classes.csv --out results/derm-s
+  python -m finetune zeroshot --backbone runs/derm-text --data data/derm --text classes.csv --out results/derm-text
   python -m finetune zeroshot --backbone hf:openai/clip-vit-base-patch16 --data data/derm --out results/clip
 """
 
