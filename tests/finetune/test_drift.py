@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
-from typing import cast
 
 import cv2
 import numpy as np
@@ -14,7 +13,6 @@ from finetune import drift, results, shift
 from finetune.__main__ import main
 from finetune.features import Features
 from shards.build import build as build_shards
-from shards.index import Index
 from tests.finetune.conftest import make_index, rows
 from tests.finetune.looked import look
 
@@ -108,7 +106,7 @@ def test_a_month_can_raise_an_alarm_however_many_there_are(kernel_only):
 
     def features(x):
         numbers, none = np.arange(len(x)), np.zeros((len(x), 0), np.uint8)
-        index = cast(Index, SimpleNamespace(sources=()))
+        index = SimpleNamespace(sources=())
         return Features({"cls": x}, none, numbers, np.full(len(x), -1), numbers, (), index)
 
     months = np.repeat([f"{n:02d}" for n in range(60)], drift.LEAST)
