@@ -58,9 +58,10 @@ class Cache:
                 if not _is_at(writing, part):  # another process has finished it, or deleted it, while this one waited
                     continue
                 try:
-                    self._make_room()
-                    fetch(written)
-                    os.replace(written, self.folder / sha256)
+                    if not self.has(sha256):  # it came between the look above and the lock
+                        self._make_room()
+                        fetch(written)
+                        os.replace(written, self.folder / sha256)
                 finally:
                     written.unlink(missing_ok=True)
                     part.unlink(missing_ok=True)

@@ -286,6 +286,25 @@ def test_processes_share_a_cache(url: str, server: Server, index: Index, cache: 
     assert max(server.asked[shard["name"]] for shard in index.shards) == 1
 
 
+def test_what_came_between_the_look_and_the_lock_is_not_fetched_again(tmp_path: Path) -> None:
+    fetched, digest = [], "a" * 64
+
+    def fetch(part: Path) -> None:
+        fetched.append(part.write_bytes(b"shard"))
+
+    class Late(Cache):
+        def _held(self, sha256: str) -> Any:
+            if fetched:
+                return super()._held(sha256)
+            Cache(self.folder, "1MB").open(sha256, 5, fetch).close()  # type: ignore[union-attr]
+            return None
+
+    with Late(tmp_path, "1MB").open(digest, 5, fetch) as file:  # type: ignore[union-attr]
+        assert file.read() == b"shard"
+    assert fetched == [5]
+    assert not list(tmp_path.glob("*.*"))
+
+
 def test_processes_share_a_cache_that_is_too_small_for_all(url: str, index: Index, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(remote, "FULL_WAIT", 30)
     cache = small_cache(tmp_path, index, 2.2)
