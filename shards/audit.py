@@ -229,6 +229,6 @@ def _confounding(index: Index, looks: Looks, meta: dict[str, list[str]]) -> list
         numbers = {value: n for n, value in enumerate(dict.fromkeys(value for value in values if value))}
         factors[name] = np.array([numbers.get(value, -1) for value in values])
     few = {name: values for name, values in factors.items() if 2 <= len(np.unique(values[values >= 0])) <= FACTOR}
-    found = [confounding(name, values, label, group) for name, values in few.items()]
+    found = [confounding(name, values, label, group, tests=len(few)) for name, values in few.items()]
     judged = sorted((f for f in found if f), key=lambda f: f.by_chance_95 - f.balanced_accuracy)
     return [asdict(f) | {"shown": f.p * len(judged) <= 0.05} for f in judged]

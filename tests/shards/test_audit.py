@@ -18,7 +18,9 @@ from shards.build import BuildOptions, build
 from shards.errors import DataError
 from shards.format import decode
 from shards.index import Index
+from shards.looks import look
 from shards.mix import Mix
+from shards.tallies import columns
 
 Array = np.ndarray
 
@@ -132,6 +134,13 @@ def test_a_column_that_decides_the_label_is_named_first(found: audit.Audit) -> N
     assert first["shown"]
     assert first["balanced_accuracy"] >= 0.75  # the fourth class is a single image
     assert first["p"] == 0.001
+
+
+def test_a_column_that_decides_the_label_is_shown_among_many(planted: Index) -> None:
+    rng = np.random.default_rng(0)
+    noise = {f"noise {n}": rng.choice(["a", "b"], len(planted)).tolist() for n in range(60)}
+    found = audit._confounding(planted, look(planted), columns(planted) | noise)
+    assert [row["factor"] for row in found if row["shown"]] == ["device"]
 
 
 def test_leaks_are_found_from_both_sides(lesions: list[Array], planted: Index, tmp_path: Path) -> None:

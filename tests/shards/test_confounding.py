@@ -22,6 +22,33 @@ def test_a_factor_that_is_the_label_and_one_that_is_noise() -> None:
     assert noise.balanced_accuracy < noise.by_chance_95
 
 
+def test_of_many_factors_the_sure_one_can_still_be_shown() -> None:
+    """After 999 permutations no p is below .001, which times 60 tests is above .05 whatever the factor."""
+    rng = np.random.default_rng(0)
+    label, group = rng.integers(0, 3, 300), np.zeros(300, np.int64)
+    found = confounding("scanner", label.copy(), label, group, tests=600)
+    assert found is not None
+    assert found.p * 600 <= 0.05
+    few = confounding("scanner", label.copy(), label, group, tests=2)
+    assert few is not None
+    assert few.by_chance == pytest.approx(found.by_chance, abs=0.01)
+
+
+def test_a_null_distribution_is_that_of_permuted_labels() -> None:
+    rng = np.random.default_rng(1)
+    factor, label = rng.integers(0, 5, 80), rng.integers(0, 3, 80)
+    found = confounding("factor", factor, label, np.zeros(80, np.int64))
+    assert found is not None
+    permuted = []
+    for _ in range(4000):
+        table = np.zeros((3, 5))
+        np.add.at(table, (rng.permutation(label), factor), 1)
+        permuted.append((table / table.sum(axis=1, keepdims=True)).max(axis=0).sum() / 3)
+    assert found.by_chance == pytest.approx(np.mean(permuted), abs=0.006)
+    assert found.by_chance_95 == pytest.approx(np.quantile(permuted, 0.95), abs=0.02)
+    assert found.p == pytest.approx(np.mean(np.array(permuted) >= found.balanced_accuracy - 1e-12), abs=0.06)
+
+
 def test_a_class_that_is_common_everywhere_earns_nothing() -> None:
     label = np.tile([0] * 9 + [1], 40)
     found = confounding("source", np.repeat([0, 1], 200), label, np.zeros(400, np.int64))
