@@ -25,6 +25,7 @@ from shards.duplicates import Group, Pairs
 from shards.errors import DataError
 from shards.index import Index
 from shards.looks import Looks, look
+from shards.split import crossing
 from shards.tallies import columns, tallies
 
 FORMAT, VERSION = "hybridssl-audit", 1
@@ -164,7 +165,7 @@ def _group(index: Index, group: Group) -> dict[str, Any]:
         "agreement": round(group.agreement, 3),
         "splits": splits,
         "labels": [list(index.labels(i)) for i in group.rows],
-        "across_splits": len({split for split in splits if split}) > 1,
+        "across_splits": len({split or "train" for split in splits}) > 1,
         "label_conflict": conflict(index, group.rows),
     }
 
@@ -180,16 +181,12 @@ def conflict(index: Index, rows: Sequence[int]) -> bool:
 
 
 def groups_across_splits(index: Index) -> list[dict[str, list[str]]]:
-    """{split: keys} of every patient or lesion with images in more than one split."""
-    group, split = (np.asarray(index.column(name)).astype(np.int64) for name in ("group", "split"))
-    named = np.flatnonzero((group != 0) & (split > 0))
-    pairs = np.unique(np.stack([group[named], split[named]]), axis=1)
-    values, counts = np.unique(pairs[0], return_counts=True)
+    """{split: keys} of every patient or lesion with images in more than one split; "" counts as train (split.py)."""
+    group = np.asarray(index.column("group"))
     found = []
-    for value in values[counts > 1]:
-        rows = named[group[named] == value].tolist()
+    for value in crossing(group, np.asarray(index.column("split"))):
         by_split: dict[str, list[str]] = {}
-        for i in rows:
+        for i in np.flatnonzero(group == value).tolist():
             by_split.setdefault(_split(index, i), []).append(index.key(i))
         found.append(by_split)
     return found

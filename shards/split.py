@@ -14,6 +14,7 @@ from hashlib import blake2b
 import numpy as np
 
 from shards.errors import DataError
+from shards.format import SPLITS
 
 Parts = list[tuple[str, float]]  # (name, share); the shares sum to 1
 
@@ -70,6 +71,17 @@ def stratified(
             found[unit] = parts[int(np.argmax(short))][0]
             counts[found[unit]] += 1
     return [found[unit] for unit in units]
+
+
+def crossing(values: np.ndarray, split: np.ndarray) -> np.ndarray:
+    """The values [V] (0: none, left out) that lie in more than one split; both int [N], `split` numbered as SPLITS.
+
+    Without a split is as good as in train, for pretraining reads both.
+    """
+    side = np.where(split == SPLITS.index(""), SPLITS.index("train"), split)
+    pairs = np.unique(np.stack([values, side]).astype(np.int64)[:, values != 0], axis=1)
+    found, counts = np.unique(pairs[0], return_counts=True)
+    return found[counts > 1]
 
 
 def _hash(name: str, seed: int) -> bytes:

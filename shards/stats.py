@@ -9,6 +9,7 @@ import numpy as np
 from shards.errors import DataError
 from shards.format import decode
 from shards.index import Index
+from shards.split import crossing
 
 FEW = 10  # images of a class: too few to learn from, or to judge by
 
@@ -89,12 +90,15 @@ def _sides(index: Index, look_at: int) -> tuple[tuple[int, int, int], int]:
 
 def _warnings(index: Index, split: np.ndarray, label: np.ndarray, group: np.ndarray) -> list[str]:
     found = []
-    for name, values in (("group", group), ("image", np.asarray(index.column("digest")))):
-        pairs = np.unique(np.stack([values, split.astype(np.int64)])[:, (split > 0) & (values != 0)], axis=1)
-        crossing = int((np.unique(pairs[0], return_counts=True)[1] > 1).sum())
-        if crossing:
-            what = "groups (patients) have images" if name == "group" else "images lie, byte for byte,"
-            found.append(f"{crossing:,} {what} in more than one split: a test on them is not a test")
+    for what, values in (
+        ("groups (patients) have images", group),
+        ("images lie, byte for byte,", np.asarray(index.column("digest"))),
+    ):
+        across = crossing(values, split)
+        silent = np.isin(values[split == 0], across).any()
+        hint = " (without a split counts as train: pretraining reads both)" if silent else ""
+        if len(across):
+            found.append(f"{len(across):,} {what} in more than one split{hint}: a test on them is not a test")
     strange = sorted({name for i, name in enumerate(index.splits) if (split == i).any()} - {"", "train", "val", "test"})
     if strange:
         found.append(

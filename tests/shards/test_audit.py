@@ -20,6 +20,7 @@ from shards.format import decode
 from shards.index import Index
 from shards.looks import look
 from shards.mix import Mix
+from shards.stats import stats
 from shards.tallies import columns
 
 Array = np.ndarray
@@ -141,6 +142,27 @@ def test_a_column_that_decides_the_label_is_shown_among_many(planted: Index) -> 
     noise = {f"noise {n}": rng.choice(["a", "b"], len(planted)).tolist() for n in range(60)}
     found = audit._confounding(planted, look(planted), columns(planted) | noise)
     assert [row["factor"] for row in found if row["shown"]] == ["device"]
+
+
+def test_copies_and_patients_in_train_without_saying_so(lesions: list[Array], tmp_path: Path) -> None:
+    """Pretraining reads what has no split: a copy or a patient there and in test is a leak; there and in train, no."""
+    splits = {"a": "", "b": "test", "c": "", "d": "train"}
+    rows = [
+        {"path": f"{name}.jpg", "split": split, "group": "xxyy"[n]} for n, (name, split) in enumerate(splits.items())
+    ]
+    images = {f"{name}.jpg": encode(lesions[n // 2]) for n, name in enumerate(splits)}
+    index = built(tmp_path, rows, images)
+    findings = audit.audit(index).document["findings"]
+    crossing = [
+        {split: [stem(key) for key in keys] for split, keys in g.items()} for g in findings["groups_across_splits"]
+    ]
+    assert crossing == [{"": ["a"], "test": ["b"]}]
+    across = {tuple(sorted(map(stem, group["keys"]))): group["across_splits"] for group in findings["duplicates"]}
+    assert across == {("a", "b"): True, ("c", "d"): False}
+    said = "in more than one split (without a split counts as train: pretraining reads both): a test on them is"
+    warnings = stats(index).warnings
+    assert warnings[0].startswith(f"1 groups (patients) have images {said}")
+    assert warnings[1].startswith(f"1 images lie, byte for byte, {said}")
 
 
 def test_leaks_are_found_from_both_sides(lesions: list[Array], planted: Index, tmp_path: Path) -> None:

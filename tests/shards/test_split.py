@@ -13,7 +13,7 @@ from PIL import Image
 from shards.build import build
 from shards.errors import DataError
 from shards.options import BuildOptions
-from shards.split import parse_split, stratified
+from shards.split import crossing, parse_split, stratified
 
 PARTS = parse_split("70/10/20")
 
@@ -102,3 +102,10 @@ def test_pages_stay_in_the_split_of_their_file(tmp_path: Path) -> None:
     assert all(len(splits) == 1 for splits in first.values())
     second = make(30, "second", keep_splits=str(tmp_path / "first"))
     assert {path: second[path] for path in first} == first
+
+
+def test_what_has_no_split_lies_on_the_side_of_train() -> None:
+    values = np.array([7, 7, 8, 8, 9, 9, 5, 5, 5, 0, 0])
+    split = np.array([0, 1, 0, 3, 2, 3, 1, 1, 0, 1, 3], np.int8)
+    assert crossing(values, split).tolist() == [8, 9]
+    assert crossing(values[:0], split[:0]).tolist() == []
