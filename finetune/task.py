@@ -25,7 +25,8 @@ from finetune import metrics, results
 from finetune.backbones import load
 from finetune.encoder import Encoder
 from finetune.features import Features, default_cache, extract
-from finetune.kinds import Kind, choose
+from finetune.kinds import Kind
+from finetune.question import ask
 from finetune.splits import Leaks, find_leaks, guard, label_subset
 from hybridssl.errors import UserError
 from shards.address import public
@@ -192,31 +193,9 @@ def prepare(args: argparse.Namespace, protocols: list[str], reads: tuple[str, ..
     for entry in features.bad:
         Terminal(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}")
     rows = {name: np.flatnonzero(np.isin(features.numbers, own)) for name, own in numbers.items()}
-    kind, classes, y = _question(args, features, named, protocols)
+    kind, classes, y = ask(args, features, named, protocols)
     now = time.monotonic()
     return Task(args, encoder, index, features, rows, y, classes, kind, leaks, now - started, now)
-
-
-def _question(
-    args: argparse.Namespace, features: Features, named: np.ndarray, protocols: list[str]
-) -> tuple[Kind, tuple[str, ...], np.ndarray]:
-    """The kind of the set, the classes that occur, and the labels in terms of them. named: classes of other splits."""
-    many = np.flatnonzero(features.y.sum(1) > 1)
-    if len(many) and not args.multi_label:
-        raise UserError(
-            f"{len(many):,} images have several labels (first: {features.index.key(int(features.numbers[many[0]]))}); "
-            f"{', '.join(protocols)} takes them with --multi-label, or a --source with one label an image"
-        )
-    occurring = [int(k) for k in np.union1d(named, np.flatnonzero(features.y.any(0)))]
-    if args.grades:
-        names = [features.classes[k] for k in occurring]
-        if sorted(names) != sorted(args.grades):
-            raise UserError(f"--grades must name every class once, lowest first; the data has {', '.join(names)}")
-        occurring = [features.classes.index(name) for name in args.grades]
-    classes = tuple(features.classes[k] for k in occurring)
-    name = "multi-label" if args.multi_label else "grades" if args.grades else "one-of"
-    y = features.y[:, occurring]
-    return choose(name, classes, args.positive), classes, y if args.multi_label else y.argmax(1)
 
 
 def _labelled(index: Index, source: str | None, reads: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -224,6 +224,22 @@ def test_several_labels_an_image(evaluate, new_index, table):
         assert on_val == pytest.approx(result.about["selected"]["choices"][0]["val"], abs=1e-3)
 
 
+def test_what_a_source_cannot_name_is_not_taken_for_absent(evaluate, new_index, table, tmp_path, capsys):
+    """The clinic's list has no "red": whether its images show it is unknown, neither yes nor no."""
+    away = [{**row, "source": "clinic" if "-0" in row["group"] and row["label"] != "red" else "ward"} for row in table]
+    many = [{**row, "label": f"{row['label']}|flat" if i % 3 == 0 else row["label"]} for i, row in enumerate(away)]
+    data = new_index(many).root
+    command = ["knn", "--backbone", "histogram", "--data", str(data), "--out", str(tmp_path / "o"), "--multi-label"]
+    assert main(command) == 2
+    assert "clinic cannot name red" in (said := capsys.readouterr().err)
+    assert "--source NAME" in said
+    assert not (tmp_path / "o").exists()
+    one = evaluate("knn", "--multi-label", "--source", "ward", data=data, backbone="histogram")
+    assert set(one.about["data"]["classes"]) == {"blue", "brown", "flat", "red"}
+    same = [{**row, "source": "clinic" if "-0" in row["group"] else "ward"} for row in many]
+    assert evaluate("knn", "--multi-label", data=new_index(same).root, backbone="histogram", out=tmp_path / "same")
+
+
 @pytest.mark.parametrize(("verb", "protocols"), [("knn", ["knn"]), ("probe", ["logistic", "linear"])])
 def test_choices_never_see_the_test_labels(evaluate, new_index, table, tmp_path, verb, protocols):
     """The same images with every test label wrong: same choices, same scores, another figure."""
