@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
@@ -33,7 +34,7 @@ import numpy as np
 
 from benchmarks import sets
 from benchmarks.common import drawn, machine, write_results
-from finetune.resample import Draws, holm, resample
+from finetune.resample import Draws, enough, holm, resample
 from finetune.results import Result, read
 from pretrain.journal import Journal
 
@@ -188,7 +189,8 @@ def training(runs: Path, found: Mapping[str, Mapping[int, object]]) -> dict[str,
 
 def table(found: Mapping[str, Mapping[int, Mapping[str, Result]]]) -> dict[str, Any]:
     """Figures, composite, noise and differences of the arms, each the mean of its seeds."""
-    drawn = {arm: {seed: draws(results) for seed, results in seeds.items()} for arm, seeds in found.items()}
+    count = enough(math.comb(len(found), 2))
+    drawn = {arm: {seed: draws(results, count) for seed, results in seeds.items()} for arm, seeds in found.items()}
     rows = {arm: mean([both | {"composite": mean_of(both)} for both in seeds.values()]) for arm, seeds in drawn.items()}
     by_seed = {arm: {s: mean_of(d).value for s, d in seeds.items()} for arm, seeds in drawn.items()}
     noise = threshold(by_seed)
@@ -205,18 +207,18 @@ def table(found: Mapping[str, Mapping[int, Mapping[str, Result]]]) -> dict[str, 
     }
 
 
-def draws(results: Mapping[str, Result]) -> dict[str, Draws]:
-    """Every figure of one backbone with its resamples; all arms get the same ones, so they can be subtracted."""
-    return {name: one(name, result) for name, result in results.items()}
+def draws(results: Mapping[str, Result], count: int) -> dict[str, Draws]:
+    """Every figure of one backbone with `count` resamples; all arms get the same ones, so they can be subtracted."""
+    return {name: one(name, result, count) for name, result in results.items()}
 
 
-def one(name: str, result: Result) -> Draws:
+def one(name: str, result: Result, count: int) -> Draws:
     arrays = result.predictions()
     if "iou" in arrays:
         values = arrays["iou"].mean(0)[:, 0].astype(np.float64)
         known = np.isfinite(values)
-        return resample({name: lambda w: w @ values[known] / w.sum(1)}, arrays["group"][known])[name]
-    return drawn(result)
+        return resample({name: lambda w: w @ values[known] / w.sum(1)}, arrays["group"][known], count)[name]
+    return drawn(result, count)
 
 
 def mean_of(figures: Mapping[str, Draws]) -> Draws:

@@ -14,17 +14,21 @@ import numpy as np
 import torch
 
 from finetune.metrics import balanced_accuracy
-from finetune.resample import Draws, resample
+from finetune.resample import RESAMPLES, Draws, resample
 from finetune.results import Result
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def drawn(result: Result) -> Draws:
-    """Balanced accuracy of a result, the mean of its seeds, with its resamples of the test groups."""
+def drawn(result: Result, count: int = RESAMPLES) -> Draws:
+    """Balanced accuracy of a result, the mean of its seeds, with `count` resamples of the test groups."""
     arrays = result.predictions()
     y, scores = arrays["y"], arrays["scores"]
-    return resample({"": lambda w: np.mean([balanced_accuracy(y, s, w) for s in scores], axis=0)}, arrays["group"])[""]
+
+    def accuracy(weight: np.ndarray) -> Any:
+        return np.mean([balanced_accuracy(y, one, weight) for one in scores], axis=0)
+
+    return resample({"": accuracy}, arrays["group"], count)[""]
 
 
 def machine() -> dict[str, Any]:

@@ -17,6 +17,7 @@ Data and work folder: benchmarks/sets.py. Results: benchmarks/results/pad.json.
 from __future__ import annotations
 
 import argparse
+import math
 from itertools import combinations
 from typing import Any
 
@@ -26,7 +27,7 @@ from benchmarks import sets
 from benchmarks.common import machine, write_results
 from finetune import results
 from finetune.metrics import balanced_accuracy
-from finetune.resample import holm, resample
+from finetune.resample import enough, holm, resample
 from finetune.results import Result
 from shards.index import Index
 
@@ -93,7 +94,11 @@ def differences(found: dict[str, Result]) -> list[dict[str, Any]]:
     def statistic(scores: Array) -> Any:
         return lambda weight: balanced_accuracy(y, scores[0, judged][:, classes], weight)
 
-    draws = resample({name: statistic(a["to_scores"]) for name, a in arrays.items()}, one["to_group"][judged])
+    draws = resample(
+        {name: statistic(a["to_scores"]) for name, a in arrays.items()},
+        one["to_group"][judged],
+        enough(math.comb(len(found), 2)),
+    )
     gaps = {(a, b): draws[a] - draws[b] for a, b in combinations(found, 2)}
     adjusted = holm([gap.p for gap in gaps.values()])
     return [

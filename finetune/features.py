@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from finetune.encoder import Encoder
+from hybridssl.files import writing
 from hybridssl.views import resize_for_eval
 from shards.errors import DataError
 from shards.format import decode
@@ -212,5 +213,6 @@ def _merge(known: dict[str, np.ndarray] | None, fresh: dict[str, np.ndarray]) ->
 def _write(file: Path, arrays: dict[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, partial)
+    with writing(partial):
+        save_file({name: np.ascontiguousarray(values) for name, values in arrays.items()}, partial)
     os.replace(partial, file)

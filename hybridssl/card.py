@@ -138,7 +138,7 @@ def _evaluation(results: Sequence[Result]) -> str:
 
 LEAKS = {
     "pretraining": "judged images were read in pretraining",
-    "groups": "groups are in more than one split",
+    "groups": "groups are in more than one split, or were read in pretraining",
     "images": "identical images are in more than one split",
 }
 
