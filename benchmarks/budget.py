@@ -106,9 +106,10 @@ def main() -> None:
         return
     for seed in args.seeds:
         for arm in arms:
-            run = base / "runs" / f"{arm}-{seed}"
-            spec = f"random:{some_run(base)}" if arm == "random" else str(run)
-            judge(spec, seed if arm == "random" else 0, base / "results" / f"{arm}-{seed}", work)
+            if arm != "random":
+                judge(str(base / "runs" / f"{arm}-{seed}"), base / "results" / f"{arm}-{seed}", work)
+    if "random" in arms:  # one draw: another would bring other labels too, and the seeds of a run are not that
+        judge(f"random:{some_run(base)}", base / "results" / "random-0", work)
     found = collect(base / "results")
     trained = training(base / "runs", found)
     name = f"budget-{args.size}" + ("" if args.labels == 0.1 else f"-labels-{args.labels:g}")
@@ -149,19 +150,18 @@ def some_run(base: Path) -> Path:
     return runs[0]
 
 
-def judge(spec: str, seed: int, out: Path, work: Path) -> None:
+def judge(spec: str, out: Path, work: Path) -> None:
     """The seven figures of a backbone; those that are there already are kept."""
     indexes = {"ham": sets.ham_index(work), "pad": sets.pad_index(work)}
     for name, data in indexes.items():
         for share in (1.0, PROBE_LABELS):
-            folder, options = out / f"{name}-{share:g}", ["--labels", share, "--seeds", seed]
-            if share == 1 and not (folder / "knn" / "results.json").is_file():
+            folder, options = out / f"{name}-{share:g}", ["--labels", share]
+            if share == 1 and not sets.judged(spec, folder / "knn"):
                 sets.finetune("knn", spec, data, folder, *options)
-            if not (folder / "logistic" / "results.json").is_file():
+            if not sets.judged(spec, folder / "logistic"):
                 sets.finetune("probe", spec, data, folder, "--methods", "logistic", *options)
-    if not (out / FIGURES["ham mask IoU"] / "results.json").is_file():
-        options = ["--heads", "linear", "--epochs", 5, "--seeds", seed]
-        sets.finetune("segment", spec, indexes["ham"], out / "masks", *options)
+    if not sets.judged(spec, out / FIGURES["ham mask IoU"]):
+        sets.finetune("segment", spec, indexes["ham"], out / "masks", "--heads", "linear", "--epochs", 5)
 
 
 def collect(folder: Path) -> dict[str, dict[int, dict[str, Result]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -34,8 +35,6 @@ def drawn(result: Result, count: int = RESAMPLES) -> Draws:
 def machine() -> dict[str, Any]:
     """Processor, cores, GPU, versions and commit; nothing that names the host or a path."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, cwd=RESULTS.parent)
     return {
         "machine": {
             "cpu": _cpu(),
@@ -45,8 +44,20 @@ def machine() -> dict[str, Any]:
         },
         "versions": {name: version(name) for name in ("torch", "timm", "lightly", "accelerate")},
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "commit": os.environ.get("HYBRIDSSL_COMMIT") or _commit(),
     }
+
+
+def _commit() -> str:
+    """Of the tree that runs; HYBRIDSSL_COMMIT names it where there is a copy without git."""
+    if shutil.which("git") is None:
+        return "unknown"
+    head, dirty = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
+    return (head or "unknown") + ("+changes" if dirty else "")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
 
 def write_results(name: str, document: dict[str, Any]) -> Path:

@@ -53,7 +53,7 @@ def main() -> None:
             for verb, protocols in PROTOCOLS.items():
                 out = work / "results" / f"{name}-{share}"
                 options = ["--labels", share.partition("x")[0], "--seeds", *seeds]
-                if not all((out / protocol / "results.json").is_file() for protocol in protocols):
+                if not sets.judged(specs[name], *(out / protocol for protocol in protocols)):
                     sets.finetune(verb, specs[name], full, out, *options)
     results = {r.path.parent.relative_to((work / "results").resolve()).parts: r for r in find([work / "results"])}
     document = {

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.splits import label_subset
+from hybridssl import recipe
+from pretrain import command
+from pretrain.recipe import MAY_CHANGE
 from shards.index import Index
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,15 +87,30 @@ def build(work: Path, name: str, out: Path, labelled: Any = lambda row: True) ->
 
 
 def pretrain(out: Path, data: Path, probe: Path, overrides: Iterable[str], threads: int = 0) -> None:
-    """Run an arm, or go on with it; a finished one is left alone. threads: CPU threads, 0 for all cores."""
+    """Run an arm, or go on with it; a finished one is left alone. threads: CPU threads, 0 for all cores.
+
+    A run of another recipe ends the benchmark: its figures would stand under this one's name.
+    """
+    arguments = [f"data.train={data}", f"data.probe={probe}", f"out={out}", f"threads={threads}", *overrides]
     if (out / "report.html").is_file():
+        wanted, ignore = recipe.to_dict(command.load(arguments)), (*MAY_CHANGE, "precision")
+        if changed := recipe.differences(recipe.read_yaml(out / "recipe.yaml"), wanted, ignore):
+            told = "\n  ".join(changed)
+            sys.exit(f"{out} is a run of another recipe:\n  {told}\nDelete it, or name another HYBRIDSSL_WORK")
         return
-    command = ["accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the recipe says the precision
-    command += ["pretrain", f"data.train={data}", f"data.probe={probe}", f"out={out}", f"threads={threads}"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]  # the recipe says the precision
     start = time.perf_counter()
-    subprocess.run([*command, *overrides], cwd=ROOT, check=True)
+    subprocess.run([*launch, "pretrain", *arguments], cwd=ROOT, check=True)
     print(f"{out.name}: {(time.perf_counter() - start) / 60:.1f} min", flush=True)
+
+
+def judged(spec: str, *folders: Path) -> bool:
+    """Whether results of `spec` are in all these folders, and none is older than the end of its run."""
+    report = Path(spec.removeprefix("random:")) / "report.html"
+    since = report.stat().st_mtime if report.is_file() else 0.0
+    files = [folder / "results.json" for folder in folders]
+    return all(file.is_file() and file.stat().st_mtime >= since for file in files)
 
 
 def named(specs: Iterable[str]) -> dict[str, str]:
