@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.splits import label_subset
-from hybridssl import recipe
+from hybridssl.recipe import read_yaml
 from pretrain import command
-from pretrain.recipe import MAY_CHANGE
+from pretrain.recipe import changes
 from shards.index import Index
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,8 +93,7 @@ def pretrain(out: Path, data: Path, probe: Path, overrides: Iterable[str], threa
     """
     arguments = [f"data.train={data}", f"data.probe={probe}", f"out={out}", f"threads={threads}", *overrides]
     if (out / "report.html").is_file():
-        wanted, ignore = recipe.to_dict(command.load(arguments)), (*MAY_CHANGE, "precision")
-        if changed := recipe.differences(recipe.read_yaml(out / "recipe.yaml"), wanted, ignore):
+        if changed := changes(read_yaml(out / "recipe.yaml"), command.load(arguments), ("precision",)):
             told = "\n  ".join(changed)
             sys.exit(f"{out} is a run of another recipe:\n  {told}\nDelete it, or name another HYBRIDSSL_WORK")
         return

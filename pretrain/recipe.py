@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from hybridssl.efficiency import EfficiencyOptions
 from hybridssl.errors import UserError
 from hybridssl.objectives import ObjectiveOptions, options_types
 from hybridssl.optim import OptimOptions
+from hybridssl.recipe import differences, resolve, to_dict
 from hybridssl.text import TextOptions
 from hybridssl.views import ViewOptions
 from pretrain.guard import GuardOptions
@@ -133,6 +136,14 @@ class Recipe:
 MAY_CHANGE = ("name", "out", "resume", "timeout", "threads", "profile", "efficiency", "log", "save", "probe", "guard")
 MAY_CHANGE += ("batch.micro", "data.workers", "data.cache", "data.cache_size")
 MAY_CHANGE += ("data.train", "data.probe")  # a set may move: what is in it is compared by its sha256
+
+
+def changes(old: Mapping[str, Any], new: Recipe, ignore: Iterable[str] = ()) -> list[str]:
+    """Lines `key: old -> new` where `new` is not the recipe of a run that is there, apart from `ignore` and what may
+    change. A key that came with a later version has its default in `old`: that is how the run was made."""
+    with contextlib.suppress(UserError):  # a key that is no more is told as one that differs
+        old = to_dict(resolve(Recipe, [old]))
+    return differences(old, to_dict(new), (*MAY_CHANGE, *ignore))
 
 
 def find(name: str) -> Path:

@@ -16,10 +16,8 @@ from accelerate.utils import AutocastKwargs, parse_flag_from_env
 
 from hybridssl import dist, precision, run, sharding
 from hybridssl.errors import UserError
-from hybridssl.recipe import differences, to_dict
 from hybridssl.student import Student
-from pretrain import recipe as recipes
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, changes
 from shards.index import Index
 
 
@@ -32,8 +30,7 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
     state = run.read_state(out)
     chosen = ("precision",) if recipe.precision == "auto" else ()  # by the machine that the run began on
     more = ("steps",) if recipe.steps >= state["recipe"]["steps"] else ()  # its schedules are shares of the run
-    changed = differences(state["recipe"], to_dict(recipe), ignore=(*recipes.MAY_CHANGE, *chosen, *more))
-    if changed:
+    if changed := changes(state["recipe"], recipe, (*chosen, *more)):
         raise UserError(
             f"{out} is a run of another recipe; these keys differ:\n  " + "\n  ".join(changed) + "\n"
             "Give the run another folder with out=..., or repeat the old values to go on with it"

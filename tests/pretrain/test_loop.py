@@ -15,8 +15,11 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from hybridssl import precision
+from hybridssl.recipe import to_dict
 from hybridssl.run import read_state
+from pretrain.command import load
 from pretrain.loop import main
+from pretrain.recipe import changes
 from shards import demo
 from tests.pretrain.conftest import launch, lines, losses
 
@@ -121,6 +124,16 @@ def test_a_resumed_run_with_another_recipe_is_refused_with_the_keys(
     assert "seed: 0 -> 3" in message
     assert "out=" in message
     assert main([*tiny, f"out={whole}", "log.every=2", "data.workers=1"]) == 0  # what may change
+
+
+def test_a_run_of_an_earlier_version_goes_on(tiny: list[str]) -> None:
+    """A key that came later has its default there; one that is gone, or that says otherwise, is told."""
+    now = load([*tiny, "out=runs/x"])
+    old = to_dict(now)
+    del old["views"]["curriculum"]
+    assert changes(old, now) == []
+    assert changes(old, load([*tiny, "out=runs/x", "views.curriculum=0.5"])) == ["views.curriculum: 0.0 -> 0.5"]
+    assert changes({**old, "optimiser": "adam"}, now)[0] == "optimiser: adam -> (absent)"
 
 
 def test_a_set_may_move_and_may_not_become_another(whole: Path, tiny: list[str], index: Path, tmp_path: Path) -> None:
