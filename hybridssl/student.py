@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from hybridssl import sharding, short
 from hybridssl.backbone import Backbone, Crops
@@ -136,7 +137,8 @@ def _no_tokens(views: Views, backbone: Backbone) -> Tokens:
 def update_teacher(teacher: Student, student: Student, momentum: float, refused: Tensor | None = None) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, by parameter (mean teacher, 1703.01780).
 
-    refused: scalar on the device, above 0 where the step was not taken: then the teacher's parameters stay too.
+    refused: float32 scalar on the device, 1 where the step was not taken and 0 where it was: of a refused one the
+    teacher's parameters take nothing.
 
     The running statistics of batch norms follow too. Other buffers (a running centre, say) and what the student does
     not have (an earlier backbone) stay as they are.
@@ -145,9 +147,18 @@ def update_teacher(teacher: Student, student: Student, momentum: float, refused:
     # What rests (the weights under low-rank updates) is the same in both. Sharded models have the same parts.
     pairs = [(followers[name], p) for name, p in student.named_parameters() if p.requires_grad]
     mine, theirs = ([sharding.local(pair[i]) for pair in pairs] for i in (0, 1))
-    if refused is None:
-        torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
-    else:  # the weight is on the device, for the host does not know yet
+    _follow(mine, theirs, momentum, torch.zeros((), device=mine[0].device) if refused is None else refused)
+    follow_statistics(teacher, student, momentum)
+
+
+def _follow(mine: list[Tensor], theirs: list[Tensor], momentum: float, refused: Tensor) -> None:
+    """mine <- momentum * mine + (1 - momentum) * theirs, unless `refused`, which the host does not know yet."""
+    if momentum > 0.5:
+        # A step down the slope of |mine - theirs|^2 / 2. Its fused kernel asks on the device whether to take it, does
+        # many tensors at once and needs no copy of them; an average with a weight on the device is a kernel a tensor.
+        how = {"lr": 1.0 - momentum, "weight_decay": 1.0, "maximize": True}
+        plain = {"momentum": 0.0, "dampening": 0.0, "nesterov": False}
+        sgd(mine, theirs, [None] * len(mine), fused=True, found_inf=refused, **how, **plain)  # type: ignore[arg-type]
+    else:  # where rounding would show: without momentum the teacher is the student, to the last bit
         weight = torch.where(refused > 0, 0.0, 1.0 - momentum)
         torch._foreach_lerp_(mine, theirs, [weight] * len(mine))
-    follow_statistics(teacher, student, momentum)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -41,6 +43,30 @@ def test_the_teacher_is_the_moving_average_of_the_student(refused: float | None,
     for name, p in teacher.named_parameters():
         assert torch.allclose(p, kept * before[name] + (1 - kept) * now[name], atol=1e-6), name
         assert not p.requires_grad
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.75, 0.996, 0.9999, 1.0])
+def test_the_average_is_exact_judged_or_not_and_refused_is_untouched(momentum: float) -> None:
+    """torch's interpolation says what is right: a weight in which both agree stays, and momentum 0 is the student."""
+    learner = student("dino", "ibot")
+    with torch.no_grad():
+        for p in learner.parameters():
+            p.copy_(torch.randn(p.shape))
+    start = make_teacher(learner)
+    with torch.no_grad():
+        for p in list(learner.parameters())[::2]:  # the others rest
+            p.copy_(torch.randn(p.shape))
+    now = dict(learner.named_parameters())
+    found = {refused: copy.deepcopy(start) for refused in (None, 0.0, 1.0)}
+    for refused, teacher in found.items():
+        update_teacher(teacher, learner, momentum, None if refused is None else torch.tensor(refused))
+    for name, was in start.named_parameters():
+        unjudged, taken, left = (teacher.get_parameter(name) for teacher in found.values())
+        assert torch.equal(taken, unjudged), name
+        torch.testing.assert_close(taken, was.lerp(now[name], 1 - momentum), rtol=1e-6, atol=1e-6)
+        assert torch.equal(left, was), name
+        if torch.equal(was, now[name]) or momentum == 0:
+            assert torch.equal(taken, now[name]), name
 
 
 def test_the_teacher_drops_no_path_and_hides_with_its_own_token() -> None:
