@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 from hybridssl import backbone
@@ -61,6 +63,17 @@ def tiny(index: Path) -> list[str]:
 def _same_model_size(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _own_precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    """accelerate keeps device and precision for a process; on a GPU precision=auto is bf16, and tests name others."""
+    on_device = request.node.get_closest_marker("gpu")
+    if on_device:
+        AcceleratorState._reset_state(True)
+    yield
+    if on_device:
+        AcceleratorState._reset_state(True)
 
 
 def lines(run: Path) -> list[dict]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from hybridssl import attention
 from hybridssl.backbone import BackboneOptions, Crops, build
@@ -33,21 +34,17 @@ def test_views_on_the_device_equal_those_on_the_cpu(tiny: list[str]) -> None:
 def test_a_run_on_the_device_follows_the_one_on_the_cpu(
     tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main([*tiny, f"out={tmp_path / 'gpu'}"]) == 0
+    full = [*tiny, "precision=no"]
+    assert main([*full, f"out={tmp_path / 'gpu'}"]) == 0
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    from accelerate.state import AcceleratorState
-
     AcceleratorState._reset_state(True)
-    assert main([*tiny, f"out={tmp_path / 'cpu'}"]) == 0
-    AcceleratorState._reset_state(True)
+    assert main([*full, f"out={tmp_path / 'cpu'}"]) == 0
     for a, b in zip(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), strict=True):
         assert a == pytest.approx(b, rel=2e-2, abs=2e-2)  # TF32 and another order of sums
 
 
 def test_bf16_stays_finite_and_close(tiny: list[str], tmp_path: Path) -> None:
-    assert main([*tiny, f"out={tmp_path / 'full'}"]) == 0
-    from accelerate.state import AcceleratorState
-
+    assert main([*tiny, f"out={tmp_path / 'full'}", "precision=no"]) == 0
     AcceleratorState._reset_state(True)
     assert main([*tiny, f"out={tmp_path / 'half'}", "precision=bf16"]) == 0
     for a, b in zip(losses(tmp_path / "full")[:2], losses(tmp_path / "half")[:2], strict=True):
