@@ -1,6 +1,7 @@
 """The training steps of others, from their own packages: see contestants.py for what all have in common.
 
-A package that is not installed raises ImportError, with a sentence that says how to get it.
+A package that is not installed raises ImportError, with a sentence that says how to get it. Each step asks its feed for
+tensors on the device; without one it takes the same crops again and again. The packages' own loaders are in feeds.py.
 """
 
 from __future__ import annotations
@@ -8,16 +9,26 @@ from __future__ import annotations
 import copy
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.contestants import Setting, Step, backbone, crops
+
+Feed = Callable[[], Sequence[Tensor]]
+
+
+class Peer(Protocol):
+    def __call__(self, setting: Setting, device: torch.device, feed: Feed | None = None) -> Step: ...
+
+
+def again(*tensors: Tensor) -> Feed:
+    return lambda: tensors
 
 
 @contextmanager
@@ -28,8 +39,11 @@ def needed(package: str, remedy: str) -> Iterator[None]:
         raise ImportError(f"{package} is not installed ({error}): {remedy}") from None
 
 
-def lightly(setting: Setting, device: torch.device) -> Step:
-    """lightly's parts, put together as its documentation does for DINOv2 (mean centering: it has no other)."""
+def lightly(setting: Setting, device: torch.device, feed: Feed | None = None) -> Step:
+    """lightly's parts, put together as its documentation does for DINOv2 (mean centering: it has no other).
+
+    feed: global [2B, 3, G, G] and local [L * B, 3, g, g] crops.
+    """
     from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
     from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
     from lightly.models.utils import random_block_mask, update_momentum
@@ -49,11 +63,12 @@ def lightly(setting: Setting, device: torch.device) -> Step:
     dino_loss, ibot_loss = DINOLoss(setting.prototypes).to(device), IBOTPatchLoss(setting.prototypes).to(device)
     koleo = KoLeoLoss()
     optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-4)
-    large, small, _ = crops(setting, device)
+    feed = feed or again(*crops(setting, device)[:2])
     side = setting.global_size // setting.patch
     prefix: int = mine["backbone"].vit.num_prefix_tokens  # type: ignore[assignment, union-attr]
 
     def step() -> None:
+        large, small = feed()
         with setting.autocast(device):
             with torch.no_grad():
                 taught = teacher["backbone"].encode(large)  # type: ignore[operator]
@@ -91,8 +106,11 @@ def _transformer(setting: Setting) -> dict[str, Any]:
     }
 
 
-def lightly_train(setting: Setting, device: torch.device) -> Step:
-    """The `dinov2` method of lightly-train, its own step and backbone, with Sinkhorn and separate heads like ours."""
+def lightly_train(setting: Setting, device: torch.device, feed: Feed | None = None) -> Step:
+    """The `dinov2` method of lightly-train, its own step and backbone, with Sinkhorn and separate heads like ours.
+
+    feed: views, 2 of [B, 3, G, G] and L of [B, 3, g, g].
+    """
     os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"  # no telemetry
     from lightly.models.utils import update_momentum
 
@@ -112,9 +130,10 @@ def lightly_train(setting: Setting, device: torch.device) -> Step:
     method._trainer = SimpleNamespace(global_step=50_000)  # type: ignore[assignment]  # all it asks of a trainer
     optimizer = get_optimizer_with_decay(adamw, method.trainable_modules(), args.layerwise_decay, 0.2)
     large, small, _ = crops(setting, device)
-    batch: Any = {"views": [*large.chunk(2), *small.chunk(setting.local_count)]}
+    feed = feed or again(*large.chunk(2), *small.chunk(setting.local_count))
 
     def step() -> None:
+        batch: Any = {"views": list(feed())}
         with setting.autocast(device):
             loss = method.training_step_impl(batch, 0).loss
         loss.backward()
@@ -127,10 +146,12 @@ def lightly_train(setting: Setting, device: torch.device) -> Step:
     return step
 
 
-def dinov2(setting: Setting, device: torch.device) -> Step:
+def dinov2(setting: Setting, device: torch.device, feed: Feed | None = None) -> Step:
     """DINOv2's own networks, heads, losses and Sinkhorn (facebookresearch/dinov2), in the order of its training code.
 
     On a GPU with xformers all crops share a pass, as there; elsewhere the package can only take one size at a time.
+    feed: global [2B, 3, G, G] and local [L * B, 3, g, g] crops, masks [2B, P], what is hidden of them as places [M] in
+    all patches, and its weights [M]: 1 / hidden patches of the view.
     """
     with needed("dinov2", "clone facebookresearch/dinov2 and put it on PYTHONPATH"):
         from dinov2.layers import DINOHead, MemEffAttention, NestedTensorBlock
@@ -156,12 +177,10 @@ def dinov2(setting: Setting, device: torch.device) -> Step:
     ibot_loss = ibot_patch_loss.iBOTPatchLoss(setting.prototypes).to(device)
     koleo = KoLeoLoss()
     optimizer = torch.optim.AdamW(mine.parameters(), lr=1e-4)
-    large, small, masks = crops(setting, device)
-    places = masks.flatten().nonzero()[:, 0]
-    share = (1 / masks.sum(dim=1).clamp(min=1))[:, None].expand_as(masks)[masks]
+    feed = feed or again(*with_places(*crops(setting, device)))
     terms = 2 + 2 * setting.local_count
 
-    def taught() -> tuple[torch.Tensor, torch.Tensor]:
+    def taught(large: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """Targets [2, B, K] of the class tokens, each view's under the other's number, and [M, K] of the patches."""
         seen = teacher["net"](large, is_training=True)
         cls = teacher["dino"](torch.cat(seen["x_norm_clstoken"].chunk(2)[::-1]))
@@ -172,16 +191,17 @@ def dinov2(setting: Setting, device: torch.device) -> Step:
             ibot_loss.sinkhorn_knopp_teacher(patches, teacher_temp=0.07, n_masked_patches_tensor=count),
         )
 
-    def seen_by_student() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def seen_by_student(large: Tensor, small: Tensor, masks: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if nested:
             return mine["net"]([large, small], masks=[masks, None], is_training=True)
         return mine["net"](large, masks=masks, is_training=True), mine["net"](small, is_training=True)
 
     def step() -> None:
+        large, small, masks, places, share = feed()
         with setting.autocast(device):
             with torch.no_grad():
-                cls_targets, patch_targets = taught()
-            whole, local = seen_by_student()
+                cls_targets, patch_targets = taught(large, places)
+            whole, local = seen_by_student(large, small, masks)
             cls = whole["x_norm_clstoken"]
             rows = mine["dino"](torch.cat([local["x_norm_clstoken"], cls]))
             of_local, of_whole = rows.split([len(small), len(large)])
@@ -202,7 +222,14 @@ def dinov2(setting: Setting, device: torch.device) -> Step:
     return step
 
 
-PEERS: dict[str, Callable[[Setting, torch.device], Step]] = {
+def with_places(large: Tensor, small: Tensor, masks: Tensor) -> tuple[Tensor, ...]:
+    """What DINOv2's collate adds to crops and masks."""
+    places = masks.flatten().nonzero()[:, 0]
+    share = (1 / masks.sum(dim=1).clamp(min=1))[:, None].expand_as(masks)[masks]
+    return large, small, masks, places, share
+
+
+PEERS: dict[str, Peer] = {
     "lightly's parts": lightly,
     "lightly-train": lightly_train,
     "DINOv2": dinov2,

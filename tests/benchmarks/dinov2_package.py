@@ -11,12 +11,16 @@ from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch import Tensor, nn
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.functional import to_tensor
 
-NAMES = ("", ".layers", ".layers.attention", ".layers.block", ".loss", ".loss.ibot_patch_loss", ".models")
+NAMES = ("", ".data", ".layers", ".layers.attention", ".layers.block", ".loss", ".loss.ibot_patch_loss", ".models")
 made: list[nn.Module] = []  # networks, in the order in which they were made
 
 
@@ -148,12 +152,66 @@ class KoLeoLoss(nn.Module):
         return -(torch.cdist(x, x) + 2 * torch.eye(len(x))).min(dim=1).values.add(1e-8).log().mean()
 
 
+class DataAugmentationDINO:
+    def __init__(
+        self,
+        global_crops_scale: tuple[float, float],
+        local_crops_scale: tuple[float, float],
+        local_crops_number: int,
+        global_crops_size: int = 224,
+        local_crops_size: int = 96,
+    ) -> None:
+        self.scales = [global_crops_scale] * 2 + [local_crops_scale] * local_crops_number
+        self.sizes = [global_crops_size] * 2 + [local_crops_size] * local_crops_number
+
+    def __call__(self, image: Image) -> dict[str, Any]:
+        views = [
+            to_tensor(RandomResizedCrop(size, scale)(image))
+            for size, scale in zip(self.sizes, self.scales, strict=True)
+        ]
+        return {"global_crops": views[:2], "local_crops": views[2:], "offsets": ()}
+
+
+class MaskingGenerator:
+    def __init__(self, input_size: tuple[int, int], max_num_patches: float) -> None:
+        self.shape = input_size
+
+    def __call__(self, num_masking_patches: int = 0) -> np.ndarray:
+        return (np.arange(self.shape[0] * self.shape[1]) < num_masking_patches).reshape(self.shape)
+
+
+def collate_data_and_cast(
+    samples_list: Sequence[tuple[dict[str, Any], Any]],
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
+    dtype: torch.dtype,
+    n_tokens: int,
+    mask_generator: MaskingGenerator,
+) -> dict[str, Any]:
+    def views(name: str) -> Tensor:  # all first views, then all second ones
+        return torch.cat([torch.stack(view) for view in zip(*(s[0][name] for s in samples_list), strict=True)])
+
+    large = views("global_crops")
+    hidden = int(len(large) * mask_probability)
+    counts = [int(n_tokens * mask_ratio_tuple[1])] * hidden + [0] * (len(large) - hidden)
+    masks = torch.stack([torch.from_numpy(mask_generator(count)) for count in counts]).flatten(1)
+    return {
+        "collated_global_crops": large.to(dtype),
+        "collated_local_crops": views("local_crops").to(dtype),
+        "collated_masks": masks,
+        "mask_indices_list": masks.flatten().nonzero().flatten(),
+        "masks_weight": (1 / masks.sum(-1).clamp(min=1.0))[:, None].expand_as(masks)[masks],
+        "upperbound": sum(counts),
+    }
+
+
 def install(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """`import dinov2` finds this from now on; the networks that are made of it."""
     made.clear()
     modules = {name: ModuleType(f"dinov2{name}") for name in (*NAMES, ".models.vision_transformer")}
     here = SimpleNamespace(**globals())
     contents = {
+        ".data": ("DataAugmentationDINO", "MaskingGenerator", "collate_data_and_cast"),
         ".layers": ("DINOHead", "MemEffAttention", "NestedTensorBlock"),
         ".layers.attention": ("Attention",),
         ".loss": ("DINOLoss", "KoLeoLoss", "iBOTPatchLoss"),
