@@ -24,6 +24,7 @@ from hybridssl.objectives import Context, build, dino, ibot, spread
 from hybridssl.student import Student
 from hybridssl.types import Batch
 from hybridssl.views import Item, ViewOptions, collate, crop, generator, render
+from pretrain.guard import Guard, GuardOptions, Unchanged
 
 Step = Callable[[], Any]
 
@@ -64,9 +65,13 @@ def crops(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return torch.randn(shape, generator=g).to(device), torch.randn(small, generator=g).to(device), hidden.to(device)
 
 
-def backbone(setting: Setting) -> backbones.Backbone:
+def network(setting: Setting) -> backbones.BackboneOptions:
     args = {"embed_dim": setting.embed, "depth": setting.depth, "num_heads": setting.heads, "init_values": 1e-5}
-    return backbones.build(backbones.BackboneOptions(setting.name, args), 3, setting.global_size)
+    return backbones.BackboneOptions(setting.name, args)
+
+
+def backbone(setting: Setting) -> backbones.Backbone:
+    return backbones.build(network(setting), 3, setting.global_size)
 
 
 def floor(setting: Setting, device: torch.device) -> Step:
@@ -88,7 +93,7 @@ def floor(setting: Setting, device: torch.device) -> Step:
 
 
 def ours(setting: Setting, device: torch.device) -> Step:
-    """The step of pretrain/loop.py, from a collated batch on the device to the new teacher."""
+    """The step of pretrain/loop.py between two log points, from a collated batch on the device to the new teacher."""
     torch.manual_seed(0)
     net, size = backbone(setting), setting.prototypes
     objectives = {
@@ -114,18 +119,23 @@ def ours(setting: Setting, device: torch.device) -> Step:
     optimizer = optim.build(learner.backbone, learner.objectives, options)
     views = ViewOptions(setting.global_size, setting.local_size, setting.local_count)
     batch = _batch(setting, views).to(device)
+    guard = Guard(GuardOptions(), device)
 
     def step() -> None:
         optim.set_hyperparameters(optimizer, options, setting.batch, 0.5)
         seen = render(batch, views)
+        unchanged = Unchanged(learner, teacher)
         with setting.autocast(device):
             (targets,) = student.targets(teacher, [seen], [batch], 0.5)
             losses, _ = learner(seen, targets, batch, 0.5)
-            loss = sum(losses[name] * objectives[name].weight for name in losses)
+            loss = torch.stack([losses[name] * objectives[name].weight for name in losses]).sum()
         loss.backward()
-        nn.utils.clip_grad_norm_(learner.parameters(), options.clip)
+        norm = nn.utils.clip_grad_norm_(learner.parameters(), options.clip)
+        refused = guard.judge(guard.at + 1, loss, norm, 0, batch.keys)
+        optimizer.found_inf = refused  # type: ignore[attr-defined]
         optimizer.step()
-        student.update_teacher(teacher, learner, 0.996)
+        student.update_teacher(teacher, learner, 0.996, refused)
+        unchanged.keep(refused)
         optimizer.zero_grad(set_to_none=True)
 
     return step

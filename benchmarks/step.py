@@ -7,19 +7,23 @@
 The floor is the student's forward and backward pass on all crops and the teacher's forward pass on the global ones. All
 contestants (benchmarks/contestants.py, peers.py) take turns, a step each a round, so that whatever else the machine
 does hits all alike. A ratio is the median over the rounds of (seconds of the contestant / seconds of the floor in the
-same round). On a GPU also images a second and the peak of memory. Others are timed where they are installed: `pip
-install lightly-train` brings one, a clone of facebookresearch/dinov2 on PYTHONPATH another. Results:
-benchmarks/results/step-SIZE.json, heads.json.
+same round). On a GPU also images a second, the share of what the device can do, and memory: what a contestant holds
+by itself and the peak of its step, as if it were alone. Others are timed where they are installed and run: `pip install
+lightly-train` brings one, a clone of facebookresearch/dinov2 on PYTHONPATH another. Results, after each setting:
+benchmarks/results/step-SIZE.json; of --heads, which a GPU computes under bf16 as in a run, heads.json, heads-gpu.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,10 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import machine, write_results
-from benchmarks.contestants import Setting, Step, floor, ours
+from benchmarks.contestants import Setting, Step, floor, network, ours
 from benchmarks.peers import PEERS
+from hybridssl import attention
+from hybridssl.objectives import dino
+from pretrain import cost, meters
 
-CONTESTANTS = {"floor": floor, "ours": ours, **PEERS}
+OWN = {"floor": floor, "ours": ours}
+CONTESTANTS: dict[str, Callable[[Setting, torch.device], Step]] = {**OWN, **PEERS}
+WARM_UP = 4  # rounds: kernels are chosen, memory is taken
 
 TINY = ("vit_tiny_patch16_224", 192, 12, 3)
 SMALL = ("vit_small_patch16_224", 384, 12, 6)
@@ -60,6 +69,7 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=65536, help="of --heads")
     parser.add_argument("--alone", choices=("ours", "plain"), help=argparse.SUPPRESS)  # a process of --heads
     args = parser.parse_args()
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # contestants of many sizes share the GPU
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -68,44 +78,103 @@ def main() -> None:
         return
     about = {**machine(), "command": f"python -m benchmarks.step {' '.join(sys.argv[1:])}".strip()}
     if args.heads:
-        write_results("heads.json", {**about, **heads(args.tokens, args.prototypes, args.rounds, device)})
+        file = "heads-gpu.json" if device.type == "cuda" else "heads.json"
+        write_results(file, {**about, **heads(args.tokens, args.prototypes, args.rounds, device)})
         return
+    if device.type == "cuda":  # without its kernel some others are slower, for a reason that is not ours
+        about["xformers"] = attention._xformers() is not None
     names = ["floor", *(name for name in args.only if name != "floor")]
-    found = [race(setting, names, args.rounds, device) for setting in SIZES[args.size]]
-    write_results(f"step-{args.size}.json", {**about, "settings": found})
+    found = []
+    for setting in SIZES[args.size]:
+        found.append(race(setting, names, args.rounds, device))
+        write_results(f"step-{args.size}.json", {**about, "settings": found})
 
 
 def race(setting: Setting, names: Sequence[str], rounds: int, device: torch.device) -> dict[str, Any]:
-    """Every contestant that is installed, a step in turn."""
-    steps: dict[str, Step] = {}
-    left_out = {}
+    """Every contestant that is installed and runs, a step in turn. Only the floor and we ourselves must."""
+    running: dict[str, Entrant] = {}
+    left_out: dict[str, str] = {}
     for name in names:
-        try:
-            steps[name] = CONTESTANTS[name](setting, device)
-        except ImportError as error:
-            left_out[name] = str(error)
-            print(f"left out: {error}", flush=True)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    memory: dict[str, float] = {}
-    for number in range(-2, rounds):  # two rounds to warm up
-        for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = clock(device)
-            step()
-            if number >= 0:
-                seconds[name].append(clock(device) - start)
-            if device.type == "cuda":
-                memory[name] = torch.cuda.max_memory_allocated() / 2**30
+        with sparing(name, running, left_out):
+            running[name] = Entrant(CONTESTANTS[name], setting, device)
+    retries = 0
+    for number in range(-WARM_UP, rounds):
+        gc.collect()  # between steps, as the loop does; and what a contestant that failed has left
+        if number == 0:
+            retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
+        for name in list(running):
+            with sparing(name, running, left_out):
+                running[name].turn(timed=number >= 0)
     found: dict[str, Any] = {}
-    for name, times in seconds.items():
-        ratios = [mine / floor for mine, floor in zip(times, seconds["floor"], strict=True)]
+    for name, entrant in running.items():
+        pairs = zip(entrant.seconds, running["floor"].seconds, strict=True)
+        ratios = [mine / floor for mine, floor in pairs]
         found[name] = {"over_floor": round(statistics.median(ratios), 3), "quartiles": quartiles(ratios)}
         if device.type == "cuda":
-            median = statistics.median(times)
-            found[name] |= {"images_per_s": round(setting.batch / median, 1), "peak_gib": round(memory[name], 2)}
+            peak = meters.peak(device, setting.precision)
+            found[name] |= speed(setting, name, statistics.median(entrant.seconds), peak) | entrant.memory()
         print(f"K {setting.prototypes:,}  {setting.name}  {name:16} {found[name]}", flush=True)
-    return {"setting": asdict(setting), "rounds": rounds, "contestants": found, "not installed": left_out}
+    result = {"setting": asdict(setting), "rounds": rounds, "contestants": found, "left_out": left_out}
+    if device.type == "cuda":  # above 0: memory was short, and what was timed is partly how it was searched for
+        result["alloc_retries"] = torch.cuda.memory_stats()["num_alloc_retries"] - retries
+    return result
+
+
+class Entrant:
+    """A contestant that runs. On a GPU also what it holds (weights, teacher, moments, crops) and what a step adds."""
+
+    def __init__(self, build: Callable[[Setting, torch.device], Step], setting: Setting, device: torch.device) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+        self.added = 0  # bytes
+        gc.collect()
+        before = torch.cuda.memory_allocated()  # 0 without a GPU
+        self.step = build(setting, device)
+        self.step()  # in which the moments come into being
+        gc.collect()
+        self.held = torch.cuda.memory_allocated() - before
+
+    def turn(self, timed: bool) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated()  # and itself, between two steps
+        start = clock(self.device)
+        self.step()
+        seconds = clock(self.device) - start
+        if timed:
+            self.seconds.append(seconds)
+            self.added = max(self.added, torch.cuda.max_memory_allocated() - others)
+
+    def memory(self) -> dict[str, float]:
+        return {"held_gib": round(self.held / 2**30, 2), "peak_gib": round((self.held + self.added) / 2**30, 2)}
+
+
+@contextmanager
+def sparing(name: str, running: dict[str, Entrant], left_out: dict[str, str]) -> Iterator[None]:
+    """What fails in here costs contestant `name` its place, and not the others theirs. Raises what is our own fault."""
+    try:
+        yield
+    except Exception as error:
+        if name in OWN:
+            raise
+        running.pop(name, None)
+        left_out[name] = f"{type(error).__name__}: {error}"
+        print(f"left out: {name}: {left_out[name]}", flush=True)
+
+
+def speed(setting: Setting, name: str, seconds: float, peak: float | None) -> dict[str, float]:
+    """Images and TFLOP a second of a step, and the share of `peak` (TFLOP/s). All but the floor have the same work."""
+    found = {"images_per_s": round(setting.batch / seconds, 1)}
+    tera = work(setting, heads=name != "floor") * setting.batch / seconds / 1e12
+    return found | {"tflops": round(tera, 1)} | ({"mfu": round(tera / peak, 3)} if peak else {})
+
+
+def work(setting: Setting, heads: bool) -> float:
+    """FLOPs of an image by arithmetic, the same as in a run's log (pretrain/meters.py)."""
+    net, head = cost.network(network(setting), 3, setting.global_size), dino.Options(prototypes=setting.prototypes)
+    assert net is not None  # all are vision transformers
+    widths = (head.prototypes, head.hidden, head.bottleneck) if heads else (0, 0, 0)
+    return cost.image_work(cost.Step(net, setting.global_size, setting.local_size, setting.local_count, *widths))
 
 
 def heads(tokens: int, prototypes: int, rounds: int, device: torch.device) -> dict[str, Any]:
@@ -143,22 +212,24 @@ def make_heads(name: str, tokens: int, prototypes: int, device: torch.device, wi
     weight.requires_grad_()
     share = torch.full((1, tokens), 1 / tokens, device=device)
 
-    def ours() -> None:
+    def ours() -> Tensor:
         targets = Targets(taught[None], theirs, 0.07, sinkhorn(taught, theirs, 0.07)[None])
-        cross_entropy(z[None], weight, targets, 0.1, share).backward()
+        return cross_entropy(z[None], weight, targets, 0.1, share)
 
-    def plain() -> None:
+    def plain() -> Tensor:
         with torch.no_grad():
             q = torch.exp((taught @ theirs.T - 1) / 0.07)
             for _ in range(3):
                 q /= q.sum(dim=0)
                 q /= q.sum(dim=1, keepdim=True)
         log_p = F.log_softmax(z @ weight.T / 0.1, dim=1)
-        (-(q * log_p).sum(dim=1) * share[0]).sum().backward()
+        return (-(q * log_p).sum(dim=1) * share[0]).sum()
 
     def step() -> tuple[Tensor | None, Tensor | None]:
         z.grad = weight.grad = None
-        (ours if name == "ours" else plain)()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = ours() if name == "ours" else plain()
+        loss.backward()
         return z.grad, weight.grad
 
     return step
@@ -173,12 +244,12 @@ def memory_of(name: str, tokens: int, prototypes: int) -> float:
 
 def peak(name: str, tokens: int, prototypes: int, device: torch.device) -> float:
     step = make_heads(name, tokens, prototypes, device)
+    make_heads(name, 64, 128, device)()  # what libraries allot for themselves, once
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
-    make_heads(name, 64, 128, device)()  # what libraries allot for themselves, once
     before = high_water()
     step()
     return high_water() - before
