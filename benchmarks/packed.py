@@ -19,6 +19,8 @@ from benchmarks.common import machine, write_results
 from hybridssl.backbone import Backbone, BackboneOptions, Crops, build
 from hybridssl.efficiency import EfficiencyOptions, apply
 
+WARM_UP = 3  # rounds: a kernel is chosen, memory is taken
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -75,10 +77,10 @@ def measure(setting: Setting, device: str, rounds: int) -> dict[str, float]:
             kind = f"{'packed' if packed else 'separate'}, {'fused' if fused else 'plain'} attention"
             ways[kind] = (backbone, packed)
     taken: dict[str, list[float]] = {kind: [] for kind in ways}
-    for _ in range(rounds + 1):  # the first one warms up
+    for _ in range(WARM_UP + rounds):
         for kind, (backbone, packed) in ways.items():
             taken[kind].append(_seconds(backbone, crops, packed))
-    return {kind: statistics.median(seconds[1:]) for kind, seconds in taken.items()}
+    return {kind: statistics.median(seconds[WARM_UP:]) for kind, seconds in taken.items()}
 
 
 def _seconds(backbone: Backbone, crops: list[Crops], packed: bool) -> float:
