@@ -48,6 +48,10 @@ def test_every_other_measured_figure_is_the_one_that_was_measured() -> None:
     both = results["views"]["sides"]["1024"]["times_as_fast"]["ours, both / lightly"]["median"]
     assert f"with the colours on the same core {both:.1f} times" in text
     assert f"took {round(results['demo']['last step']['seconds'] / 60)} minutes" in text
+    soak = results["reliability"]["soak"]
+    assert (soak["hours"], soak["different"], soak["lines_missing"]) == (2.0, [], 0)
+    assert max(soak["growth"].values()) < 0.02
+    assert f"a run that died {soak['deaths']} times" in text
     tried = results["reliability"]["fuzz"]
     assert f"{tried['inputs']:,} spoilt files and words" in text
     assert (len(tried["targets"]), tried["faults"]) == (12, [])
