@@ -34,11 +34,9 @@ from typing import Any
 
 from benchmarks.common import write_section
 from benchmarks.contestants import Setting
-from benchmarks.fed import CONTESTANTS, Contestant, Figures, Terms, device, model
-from benchmarks.step import SIZES
-from hybridssl.backbone import BackboneOptions
-from hybridssl.objectives.dino import Options as DinoOptions
-from pretrain import cost, meters
+from benchmarks.fed import CONTESTANTS, Contestant, Figures, Terms, device
+from benchmarks.step import SIZES, work
+from pretrain import meters
 
 COUNTS = {"test": 48, "cpu": 2000, "gpu": 10_000}  # images
 TURNS = {"test": 1, "cpu": 3, "gpu": 1}
@@ -97,7 +95,7 @@ def race(
 
 def compare(setting: Setting, found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
     """Medians over turns. Work is what the method needs for an image, and the same for all."""
-    work, peak = work_of(setting), meters.peak(device(), setting.precision)
+    flop, peak = work(setting, heads=True), meters.peak(device(), setting.precision)
     table: dict[str, Any] = {}
     for name, turns in found.items():
         each = [turn["images_per_s"] for turn in turns]
@@ -107,23 +105,14 @@ def compare(setting: Setting, found: Mapping[str, Sequence[Figures]]) -> dict[st
             "turns": [round(one, 2) for one in each],
             "data_wait": round(statistics.median(turn["data_wait"] for turn in turns), 3),
             "memory_gib": round(max(turn["memory_gib"] for turn in turns), 2),
-            "tflops": round(speed * work / 1e12, 4),
+            "tflops": round(speed * flop / 1e12, 4),
         }
         if peak:
-            table[name]["mfu"] = round(speed * work / 1e12 / peak, 4)
+            table[name]["mfu"] = round(speed * flop / 1e12 / peak, 4)
         if mine := [turn["images_per_s"] for turn in found.get("ours", ())]:
             ratios = [a / b for a, b in zip(mine, each, strict=False)]  # one may have failed in a later turn
             table[name]["ours_over_it"] = round(statistics.median(ratios), 3)
-    return {"gflop_per_image": round(work / 1e9, 2), "contestants": table}
-
-
-def work_of(setting: Setting) -> float:
-    """FLOPs of an image; see pretrain/cost.py."""
-    net = cost.network(BackboneOptions(**model(setting)), 3, setting.global_size)
-    assert net is not None  # a vision transformer
-    heads = DinoOptions()
-    sizes = (setting.global_size, setting.local_size, setting.local_count)
-    return cost.image_work(cost.Step(net, *sizes, setting.prototypes, heads.hidden, heads.bottleneck))
+    return {"gflop_per_image": round(flop / 1e9, 2), "contestants": table}
 
 
 def others() -> dict[str, str]:

@@ -27,7 +27,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from benchmarks.contestants import Setting
+from benchmarks.contestants import Setting, network
 from benchmarks.feeds import FEEDS
 from benchmarks.peers import PEERS
 from pretrain import meters
@@ -76,7 +76,7 @@ def ours(setting: Setting, terms: Terms) -> Figures:
 
 def recipe_of(setting: Setting, terms: Terms) -> dict[str, Any]:
     """The setting as a recipe. Prototypes move from the start: the others' do, and it takes time."""
-    heads = {"prototypes": setting.prototypes, "freeze_last": 0.0}
+    net, heads = network(setting), {"prototypes": setting.prototypes, "freeze_last": 0.0}
     return {
         "steps": STEPS,
         "precision": setting.precision,
@@ -84,17 +84,12 @@ def recipe_of(setting: Setting, terms: Terms) -> dict[str, Any]:
         "data": {"train": str(terms.shards), "workers": terms.workers},
         "batch": {"size": setting.batch},
         "views": {key: getattr(setting, key) for key in ("global_size", "local_size", "local_count")},
-        "backbone": model(setting),
+        "backbone": {"name": net.name, "args": dict(net.args)},
         "objectives": {"dino": heads, "ibot": dict(heads), "spread": {"weight": 0.1}},
         "log": {"every": LOG_EVERY[device().type]},
         "save": {"every": 0},
         "probe": {"every": 0},
     }
-
-
-def model(setting: Setting) -> dict[str, Any]:
-    args = {"embed_dim": setting.embed, "depth": setting.depth, "num_heads": setting.heads, "init_values": 1e-5}
-    return {"name": setting.name, "args": args}
 
 
 def read(metrics: Path, terms: Terms) -> Figures | None:

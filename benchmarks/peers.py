@@ -129,8 +129,9 @@ def lightly_train(setting: Setting, device: torch.device, feed: Feed | None = No
     args.weight_decay_start = 0.04
     method._trainer = SimpleNamespace(global_step=50_000)  # type: ignore[assignment]  # all it asks of a trainer
     optimizer = get_optimizer_with_decay(adamw, method.trainable_modules(), args.layerwise_decay, 0.2)
-    large, small, _ = crops(setting, device)
-    feed = feed or again(*large.chunk(2), *small.chunk(setting.local_count))
+    if feed is None:
+        large, small, _ = crops(setting, device)
+        feed = again(*large.chunk(2), *small.chunk(setting.local_count))
 
     def step() -> None:
         batch: Any = {"views": list(feed())}
