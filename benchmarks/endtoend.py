@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -143,4 +144,5 @@ def write_jpeg(folder: Path, side: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`: no `pretrain` is left running
     main()

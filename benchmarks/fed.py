@@ -32,7 +32,7 @@ from benchmarks.feeds import FEEDS
 from benchmarks.peers import PEERS
 from pretrain import meters
 
-LOG_EVERY = {"cuda": 10, "cpu": 2}  # steps: a log point has its own cost, and a step on a CPU takes seconds
+LOG_EVERY = {"cuda": 10, "cpu": 5}  # steps: a log point has its own cost, and a step on a CPU takes seconds
 STEPS = 1_000_000  # more than there is time for
 
 Figures = dict[str, float]  # images_per_s, data_wait, memory_gib
