@@ -95,6 +95,11 @@ class Writer:
             self._thread.join()
             self._thread = None
 
+    @property
+    def unwritten(self) -> bool:
+        """Whether the newest checkpoint is not on the disk: it is being written, or that failed."""
+        return self._job is not None
+
     def failed(self) -> str | None:
         """What kept the last checkpoint from being written; told once."""
         told, self._failure = self._failure, None

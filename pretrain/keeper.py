@@ -65,8 +65,9 @@ class Keeper:
     def last(self) -> str | None:
         """Wait for the last checkpoint; where it failed, try once more. Returns what is wrong, if it failed again."""
         self.wait()
-        if self.writer and self.writer.failed():
+        if self.writer and self.writer.unwritten:  # whether or not a log point has told why
             time.sleep(AGAIN)
+            self.writer.failed()  # of the first try
             self.writer.again()
             self.writer.wait()
             return self.writer.failed()

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -188,7 +189,19 @@ def test_a_run_outlives_a_full_disk(tiny: list[str], tmp_path: Path, monkeypatch
     assert [p.name for p in (out / "checkpoints").glob("step-*")] == ["step-4"]
 
 
-def test_a_last_checkpoint_that_does_not_fit_is_an_error(tiny: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("before_the_log_point", [True, False])
+def test_a_last_checkpoint_that_does_not_fit_is_an_error(
+    before_the_log_point: bool, tiny: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Also where writing fails so soon that the last log point tells it."""
+    save = Keeper.save
+
+    def saved(self: Keeper, *arguments: Any) -> None:
+        save(self, *arguments)
+        if before_the_log_point:
+            self.wait()
+
+    monkeypatch.setattr(Keeper, "save", saved)
     monkeypatch.setattr("pretrain.keeper.AGAIN", 0.0)
     monkeypatch.setattr(checkpoint, "save_file", full)
     assert main([*tiny, f"out={tmp_path / 'run'}"]) == 1
