@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridssl.dist import all_reduce_sum
-from hybridssl.fused import chunk, product, rounding
+from hybridssl.fused import chunk, exponentials, rounding
 from hybridssl.heads import fp32, linear32
 
 # Prototypes whose scores exist at once. The same on every process, however many rows it has: each chunk is reduced.
@@ -19,37 +19,39 @@ COLUMNS = {"cpu": 2048, "cuda": 16384}
 
 @torch.no_grad()
 def sinkhorn(
-    z: Tensor, weight: Tensor, temperature: float, iterations: int = 3, counted: Tensor | None = None
+    z: Tensor,
+    weight: Tensor,
+    temperature: float,
+    iterations: int = 3,
+    counted: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Log of the scaling [K] that makes exp(z . w / temperature), its rows summing to one, about equal over prototypes.
 
     Sinkhorn-Knopp, as in SwAV (arXiv 2006.09882, section 3.1) and DINOv2: columns (prototypes) first, rows (samples)
     last. z [N, d] and weight [K, d] have unit rows, so a score never exceeds 1 / temperature, which is taken off before
     the exponential. N may differ between processes and may be 0 on some. counted: bool [N], the rows that take part;
-    None: all of them.
+    None: all of them. kept: [N, K], what `hybridssl.fused.kept` says of z and weight; None: it is computed here.
 
     Only the two scalings are kept. One pass over the scores, prototype by prototype, is one iteration: the scaling of
     a column needs the rows' as they were, and the rows' next sums need nothing but that column.
     """
     low = rounding(z.device)
-    z, weight = fp32(z) / temperature, fp32(weight)
+    z, weight = fp32(z), fp32(weight)
     width = COLUMNS.get(z.device.type, COLUMNS["cpu"])
     parts = [slice(start, start + width) for start in range(0, len(weight), width)]
-
-    def exponentials(part: slice) -> Tensor:
-        return product(z, weight[part].T, low).sub_(1 / temperature).exp_()  # [N, columns]
 
     tiny = torch.finfo(z.dtype).tiny  # an entry may underflow to zero; a whole row or column of them must not be NaN
     share = z.new_ones(len(z)) if counted is None else counted.to(z.dtype)  # what a row sums to
     mass = all_reduce_sum(share.sum()) / len(weight)  # of a column
     row, column = share, z.new_empty(len(weight))
     with torch.autocast(z.device.type, enabled=False):
-        fits = len(z) * len(weight) <= 4 * chunk(z.device)  # few enough to be computed once and kept
-        kept = exponentials(slice(None)) if fits else None
+        if kept is None and len(z) * len(weight) <= 4 * chunk(z.device):  # few enough to be computed once
+            kept = exponentials(z, weight, temperature, low)
         for _ in range(iterations):
             sums = torch.zeros_like(row)
             for part in parts:
-                e = kept[:, part] if kept is not None else exponentials(part)
+                e = exponentials(z, weight[part], temperature, low) if kept is None else kept[:, part]
                 column[part] = mass / all_reduce_sum(row @ e).clamp_min(tiny)
                 sums += e @ column[part]
             row = share / sums.clamp_min(tiny)

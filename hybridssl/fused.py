@@ -20,6 +20,9 @@ from hybridssl.heads import fp32
 
 # Scores that exist at once. Small enough for a CPU's cache to be of use, large enough for a GPU to be busy.
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 25}
+# Scores that an objective keeps from balancing to the loss, 128 MiB. A GPU computes them again for less.
+KEPT = {"cpu": 1 << 25}
+COLDEST = 0.025  # a temperature, below which float32 may make a whole row of exponentials zero
 
 
 def chunk(device: torch.device) -> int:
@@ -42,6 +45,19 @@ def product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
     return torch.mm(a, b)
 
 
+def exponentials(z: Tensor, weight: Tensor, temperature: float, low: torch.dtype | None) -> Tensor:
+    """exp((z . w - 1) / temperature) of unit rows [N, d] and [K, d]: [N, K], none above 1. Autocast is to be off."""
+    return product(z / temperature, weight.T, low).sub_(1 / temperature).exp_()
+
+
+def kept(z: Tensor, weight: Tensor, temperature: float) -> Tensor | None:
+    """`exponentials` where they are few enough to be computed once, for balancing and for the loss; else None."""
+    if len(z) * len(weight) > KEPT.get(z.device.type, 0) or temperature < COLDEST:
+        return None
+    with torch.autocast(z.device.type, enabled=False):
+        return exponentials(fp32(z), fp32(weight), temperature, rounding(z.device))
+
+
 @dataclass(frozen=True)
 class Targets:
     """Distributions softmax(z . w_k / temperature + bias_k) over K prototypes, one for each of N tokens in V views.
@@ -54,9 +70,13 @@ class Targets:
     weight: Tensor  # [K, d] unit prototypes
     temperature: float
     bias: Tensor  # [V, K] or [1, K]: of each view, or of all
+    kept: Tensor | None = None  # [V, N, K] their `exponentials`, where these are at hand
 
     def rows(self, which: slice, low: torch.dtype | None = None) -> Tensor:
         """The distributions of tokens `which`: [V, n, K]. `low`: see `product`."""
+        if self.kept is not None:
+            found = self.kept[:, which] * self.bias.exp()[:, None]
+            return found.div_(found.sum(dim=2, keepdim=True))
         z = self.z[:, which]
         scores = product(z.flatten(0, 1) / self.temperature, self.weight.T, low).unflatten(0, z.shape[:2])
         return F.softmax(scores.add_(self.bias[:, None]), dim=2)
@@ -68,7 +88,8 @@ class Targets:
 
     def split(self, sizes: Sequence[int]) -> list[Targets]:
         """Parted by tokens: one entry a size."""
-        return [replace(self, z=z) for z in self.z.split(list(sizes), dim=1)]
+        kept = [None] * len(sizes) if self.kept is None else self.kept.split(list(sizes), dim=1)
+        return [replace(self, z=z, kept=e) for z, e in zip(self.z.split(list(sizes), dim=1), kept, strict=True)]
 
 
 def cross_entropy(

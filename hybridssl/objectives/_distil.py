@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridssl.assign import Centre, sinkhorn
-from hybridssl.fused import Targets
+from hybridssl.fused import Targets, kept
 from hybridssl.heads import Head
 from hybridssl.objectives import Context, Objective, ObjectiveOptions
 
@@ -53,9 +53,14 @@ class Distil(Objective):
         """Targets of the teacher's tokens [views * n, D] of each micro-batch, balanced over all of all processes."""
         z = [self.head.bottleneck(rows).unflatten(0, (views, -1)) for rows in tokens]
         whole, weight, temperature = torch.cat(z, dim=1), self.head.weight, self.temperature(progress)
-        balance = self.centre if self.centre is not None else sinkhorn
-        bias = balance(whole.flatten(0, 1), weight, temperature)
-        return Targets(whole, weight, temperature, bias[None]).split([part.shape[1] for part in z])
+        rows, at_hand = whole.flatten(0, 1), None
+        if self.centre is not None:
+            bias = self.centre(rows, weight, temperature)
+        else:
+            scores = kept(rows, weight, temperature)
+            bias = sinkhorn(rows, weight, temperature, kept=scores)
+            at_hand = None if scores is None else scores.unflatten(0, whole.shape[:2])
+        return Targets(whole, weight, temperature, bias[None], at_hand).split([part.shape[1] for part in z])
 
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
         return [self.head.prototypes] if progress < self.options.freeze_last else []

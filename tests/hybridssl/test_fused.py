@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridssl import fused
+from hybridssl.assign import sinkhorn
 from hybridssl.fused import Targets, cross_entropy
 from tests.hybridssl import dense
 
@@ -44,6 +46,34 @@ def test_targets_are_the_distributions_that_they_stand_for() -> None:
             assert whole[v, n].tolist() == pytest.approx([math.exp(s) / total for s in scores], rel=1e-9)
     parts = targets.split([2, 3])
     torch.testing.assert_close(torch.cat([p.dense() for p in parts], dim=1), whole)
+
+
+@pytest.mark.parametrize("temperature", [0.04, 0.5])
+def test_scores_that_are_kept_give_what_scores_computed_again_give(temperature: float) -> None:
+    _, _, targets, _ = some(teachers=2, tokens=6)
+    rows = targets.z.flatten(0, 1)
+    scores = fused.kept(rows, targets.weight, temperature)
+    assert scores is not None
+    bias = sinkhorn(rows, targets.weight, temperature)
+    torch.testing.assert_close(sinkhorn(rows, targets.weight, temperature, kept=scores), bias)
+    again = Targets(targets.z, targets.weight, temperature, bias[None])
+    at_hand = replace(again, kept=scores.unflatten(0, (2, -1)))
+    torch.testing.assert_close(at_hand.dense(), again.dense())
+    for one, other in zip(at_hand.split([4, 2]), again.split([4, 2]), strict=True):
+        torch.testing.assert_close(one.dense(), other.dense())
+
+
+def test_scores_are_kept_where_they_are_few_and_none_can_vanish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below COLDEST all of a row may be zero in float32, of which no distribution can be made."""
+    opposite = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
+    coldest = fused.kept(*opposite, fused.COLDEST)
+    assert coldest is not None
+    assert coldest.min() > torch.finfo(torch.float32).tiny
+    assert fused.kept(*opposite, fused.COLDEST / 2) is None
+    monkeypatch.setitem(fused.KEPT, "cpu", 11)
+    rows = torch.eye(4)
+    assert fused.kept(rows[:2], rows, 0.1) is not None
+    assert fused.kept(rows[:3], rows, 0.1) is None
 
 
 @pytest.mark.usefixtures("chunked")
@@ -110,7 +140,7 @@ from tests.hybridssl import dense
 def held():  # the most that this process ever held; ru_maxrss would start from what its parent held
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 torch.set_num_threads(1)
-n, k, d = 2048, 16384, 64
+n, k, d = 2048, 24576, 64
 z, t = (F.normalize(torch.randn(1, n, d), dim=2) for _ in range(2))
 w = F.normalize(torch.randn(k, d), dim=1).requires_grad_()
 z.requires_grad_()
@@ -127,7 +157,7 @@ print(held() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="asks the Linux kernel")
 def test_memory_grows_with_the_sum_and_not_the_product() -> None:
-    """2,048 tokens x 16,384 prototypes: 128 MiB a score tensor, of which the plain version holds several."""
+    """2,048 tokens x 24,576 prototypes, more than are kept: 192 MiB a score tensor; the plain version holds several."""
 
     def peak(which: str) -> int:
         done = subprocess.run(
