@@ -73,7 +73,7 @@ def decode(data: bytes, at_least: int = 0, channels: int = 3) -> np.ndarray:
     image = _open(data)
     if (pages := _pages(image, data)) > 1 or channels not in (1, 3):
         return _decode_planes(image, data, channels, pages)
-    return photograph(_loaded(image, data), channels, _top(image, data))
+    return photograph(_loaded(image, data), channels, top_value(image, data))
 
 
 def _decode_jpeg(data: bytes, at_least: int, channels: int) -> np.ndarray:
@@ -128,7 +128,7 @@ def _decode_planes(image: Image.Image, data: bytes, channels: int, pages: int) -
         bound(*image.size, planes)
         part = np.asarray(_loaded(image, data))
         parts.append(part.reshape(*part.shape[:2], -1))
-        tops.append(_top(image, data) or (255 if part.dtype == np.uint8 else 0))
+        tops.append(top_value(image, data) or (255 if part.dtype == np.uint8 else 0))
         if parts[-1].shape != parts[0].shape:
             raise DataError(f"pages {parts[0].shape} and {parts[-1].shape} do not make one image")
     values = np.concatenate(parts, axis=2)
@@ -194,7 +194,7 @@ def bound(width: int, height: int, planes: int = 1) -> None:
         raise DataError(f"{what} are more than the {MAX_PIXELS:,} that are decoded: cut it up")
 
 
-def _top(image: Image.Image, data: bytes) -> int:
+def top_value(image: Image.Image, data: bytes) -> int:
     """The largest value that a 16-bit image could have, where its file says so; else 0."""
     if image.format == "PNG":  # significant bits: by the standard, values are then scaled to the full range
         return 65535 if data.find(b"sBIT", 0, max(data.find(b"IDAT"), 0)) > 0 else 0

@@ -106,7 +106,7 @@ def _images(row: Row, options: BuildOptions) -> Iterator[_Image]:
         stored = encode(Frame(image), options.quality)
         yield _Image(0, 1, stored, {}, image.shape[:2], short_side(data) / min(image.shape[:2]))
     else:
-        yield from _encoded(frames(data, options.channels, options.frames), options, {})
+        yield from _encoded(frames(data, options.channels, options.frames, options.bits), options, {})
 
 
 def _as_it_is(data: bytes, options: BuildOptions) -> bool:
@@ -136,7 +136,7 @@ def _slices(row: Row, options: BuildOptions) -> tuple[list[Frame], dict[str, Any
                 told.append({"group": opened.group, "meta": opened.meta})
                 found = opened.frames
             else:
-                found = frames(data, channels=1)
+                found = frames(data, channels=1, bits=options.bits)
             parts += [frame for _, _, frame in found]
         except DataError as error:
             name = f" ({path.name})" if named else ""

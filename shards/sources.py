@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from shards.errors import DataError
-from shards.format import bound, photograph
+from shards.format import bound, photograph, top_value
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 _SAMPLES_PER_PIXEL = 277  # TIFF tag
@@ -37,10 +37,11 @@ class Opened:
     meta: dict[str, Any] = field(default_factory=dict)  # to be kept; nothing that says who it is
 
 
-def frames(data: bytes, channels: int, wanted: int = 0) -> Iterator[tuple[int, int, Frame]]:
+def frames(data: bytes, channels: int, wanted: int = 0, bits: int = 0) -> Iterator[tuple[int, int, Frame]]:
     """(number, how many there are, frame) of a JPEG, PNG, WebP, BMP or TIFF file; `wanted`: as in `choose`.
 
-    With 1 or 3 `channels`, photographs come as grey or RGB; else all planes come as they are. Raises DataError.
+    With 1 or 3 `channels`, photographs come as grey or RGB; else all planes come as they are. What the user says of the
+    `bits` of 16-bit images goes before what the file says. Raises DataError.
     """
     if not data:
         raise DataError("the file is empty (0 bytes)")
@@ -49,10 +50,11 @@ def frames(data: bytes, channels: int, wanted: int = 0) -> Iterator[tuple[int, i
         planes = image.tag_v2.get(_SAMPLES_PER_PIXEL, 1) if image.format == "TIFF" else 1  # type: ignore[attr-defined]
         if planes <= len(image.getbands()):
             count = image.n_frames if image.format == "TIFF" else 1  # type: ignore[attr-defined]
+            full = not bits and top_value(image, data) == 65535  # the first page speaks for all
             for number in choose(count, wanted):
                 image.seek(number)
                 bound(*image.size)
-                yield number, count, _frame(ImageOps.exif_transpose(image), channels)
+                yield number, count, _frame(ImageOps.exif_transpose(image), channels, full)
             return
     except DataError:
         raise
@@ -90,9 +92,9 @@ def error_name(error: BaseException) -> str:
     return type(error).__name__
 
 
-def _frame(image: Image.Image, channels: int) -> Frame:
+def _frame(image: Image.Image, channels: int, full: bool) -> Frame:
     if image.mode.startswith("I;16"):
-        return Frame(np.asarray(image).astype(np.uint16)[..., None])
+        return Frame(np.asarray(image).astype(np.uint16)[..., None], full)
     if image.mode in ("I", "F"):
         return _numbers(np.asarray(image)[..., None])
     if channels in (1, 3):

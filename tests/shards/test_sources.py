@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -99,6 +100,23 @@ def test_bits_that_are_told_are_not_guessed_from_one_dark_image(tmp_path: Path) 
     index = build(tmp_path / "in", tmp_path / "out", options=BuildOptions(channels=1, bits=14)).index
     found = {(s := index.read(i)).meta["path"]: int(decode(s.image, 0, 1).max()) for i in range(2)}
     assert found == {"dark.png": 200 >> 6, "bright.tif": 255}
+
+
+@pytest.mark.parametrize("short", [0, 4])
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_dark_file_that_says_its_range_keeps_it(tmp_path: Path, stack: bool, short: int) -> None:
+    """MaxSampleValue 65535: at most 2048 of it, whatever the other pages hold, and however the image is stored."""
+    (tmp_path / "in").mkdir()
+    pages = [
+        Image.fromarray(np.full((8, 8), value, np.uint16)) for value in ((2048, 1024, 0, 512) if stack else (2048,))
+    ]
+    pages[0].save(tmp_path / "in/a.tif", save_all=True, append_images=pages[1:], tiffinfo={281: 65535})
+    options = BuildOptions(channels=len(pages), stack=stack, short_side=short)
+    image = only(build(tmp_path / "in", tmp_path / "out", options=options).index)
+    assert image[0, 0].tolist() == ([8, 4, 0, 2] if stack else [8])
+    told = replace(options, bits=12)  # who says so knows the camera better than the file does
+    image = only(build(tmp_path / "in", tmp_path / "told", options=told).index)
+    assert image[0, 0].tolist() == ([128, 64, 0, 32] if stack else [128])
 
 
 def test_fractions_and_wide_integers_fill_16_bits(tmp_path: Path) -> None:
