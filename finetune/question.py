@@ -4,6 +4,7 @@ refused here, before anything is fitted."""
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def ask(
     """
     occurring = [int(k) for k in np.union1d(named, np.flatnonzero(features.y.any(0)))]
     if args.multi_label:
-        _all_known(features, occurring)
+        all_known(features, occurring, "judge one source (--source NAME)")
     else:
         _one_each(features, protocols)
     if args.grades:
@@ -47,7 +48,7 @@ def _one_each(features: Features, protocols: list[str]) -> None:
         )
 
 
-def _all_known(features: Features, occurring: list[int]) -> None:
+def all_known(features: Features, occurring: Sequence[int], remedy: str) -> None:
     """UserError where a source cannot name a class: whether its images show it is unknown, and a metric or a loss that
     asks for every class would take it for absent."""
     able, lacking = features.index.named(), []
@@ -58,7 +59,6 @@ def _all_known(features: Features, occurring: list[int]) -> None:
             lacking.append(f"{features.index.sources[source]} cannot name {', '.join(missing[:5])}{more}")
     if lacking:
         raise UserError(
-            f"{features.index.root}: {'; '.join(lacking)}. With --multi-label a label that is not there counts as "
-            "absent, and here it is unknown: judge one source (--source NAME), or an index whose sources name the same "
-            "classes"
+            f"{features.index.root}: {'; '.join(lacking)}. An image may have several labels; one that is not there "
+            f"counts as absent, and here it is unknown: {remedy}, or take an index whose sources name the same classes"
         )

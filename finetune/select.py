@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune import kinds, labelfree, probe, results, strategies, to_label
+from finetune import kinds, labelfree, probe, question, results, strategies, to_label
 from finetune.encoder import Encoder
 from finetune.features import Features, groups_of
 from finetune.gallery import thumbnails
@@ -149,6 +149,8 @@ def doubtful(labelled: Features, pool: Features, space: Pool, args: argparse.Nam
         raise UserError(f"{pool.index} has labels of {len(occurring)} classes: start with --strategy typiclust")
     classes = [labelled.classes[k] for k in occurring]
     several = bool((labelled.y.sum(1) > 1).any())
+    if several:
+        question.all_known(labelled, [int(k) for k in occurring], "choose another --strategy")
     kind = kinds.choose("multi-label" if several else "one-of", classes)
     y = labelled.y[:, occurring] if several else np.searchsorted(occurring, labelled.label)
     splits = np.array(labelled.index.splits)[labelled.index.column("split")[labelled.numbers]]

@@ -302,5 +302,16 @@ def test_errors_name_the_remedy(propose, index, new_index, capsys):
     propose("--count", 3, data=bare)
 
 
+def test_uncertainty_takes_no_label_for_absent_that_a_source_cannot_name(propose, new_index, capsys):
+    table = [
+        {**row, "label": "" if i % 2 else row["label"], "source": "clinic" if row["label"] != "red" else "ward"}
+        for i, row in enumerate(rows(9))
+    ]
+    several = [{**row, "label": "blue|brown" if row["label"] == "blue" else row["label"]} for row in table]
+    propose("--count", 3, "--strategy", "uncertainty", data=new_index(several), code=2)
+    assert re.search(r"clinic cannot name red.*choose another --strategy", _said(capsys))
+    propose("--count", 3, "--strategy", "uncertainty", data=new_index(table))  # softmax over all: one excludes the rest
+
+
 def _said(capsys):
     return capsys.readouterr().err.replace("\n", " ")
