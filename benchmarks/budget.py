@@ -5,7 +5,8 @@
     python -m benchmarks.budget --size gpu --arms all --seeds 0 1 2
 
 An arm is a backbone pretrained with one set of objectives on the train split, of whose labels it may see `--labels`
-(10 %). All arms of a size see the same number of images. Each is judged frozen, on seven figures:
+(10 %). All arms of a size see the same number of images; `labels` only the labelled ones among them, a quarter. Each is
+judged frozen, on seven figures:
 
 - HAM10000 test: balanced accuracy of kNN, of a linear probe with all labels, and of one with 10 %;
 - PAD-UFES-20 test, a hospital that no arm has seen: the same three;
@@ -51,6 +52,7 @@ SIZES = {
     "cpu": ["recipe=ham-cpu"],
     "gpu": GPU.split(),
 }
+LABELLED = {"quick": 16, "cpu": 16, "gpu": 64}  # images of a batch that have a label: the whole batch of `labels`
 
 SSL = "objectives.labels=null stream.labelled_fraction=0"
 FREED = "objectives.labels.init=text objectives.labels.unfreeze_at=0.1"
@@ -95,13 +97,11 @@ def main() -> None:
     args = parser.parse_args()
     arms = ["random", *ARMS] if "all" in args.arms else args.arms
     work = sets.work_folder()
-    data, full = sets.ham_with_labels(work, args.labels), sets.ham_index(work)
-    base = work / f"budget-{args.size}-labels-{args.labels:g}"
+    base = folder(work, args.size, args.labels)
     for seed in args.seeds:
         for arm in arms:
             if arm != "random":
-                overrides = [*SIZES[args.size], *ARMS[arm].split(), *words(work, arm), f"seed={seed}"]
-                sets.pretrain(base / "runs" / f"{arm}-{seed}", data, full, overrides, args.threads)
+                train(work, args.size, arm, seed, args.labels, args.threads)
     if args.train_only:
         return
     for seed in args.seeds:
@@ -117,6 +117,23 @@ def main() -> None:
     write_results(
         f"{name}.json", {**machine(), "command": command, "labels": args.labels, "training": trained, **table(found)}
     )
+
+
+def folder(work: Path, size: str, labels: float) -> Path:
+    return work / f"budget-{size}-labels-{labels:g}"
+
+
+def train(work: Path, size: str, arm: str, seed: int = 0, labels: float = 0.1, threads: int = 0) -> Path:
+    """The run of an arm: pretrained now, or gone on with, or found."""
+    out = folder(work, size, labels) / "runs" / f"{arm}-{seed}"
+    data, full = sets.ham_with_labels(work, labels), sets.ham_index(work)
+    sets.pretrain(out, data, full, [*overrides(work, size, arm), f"seed={seed}"], threads)
+    return out
+
+
+def overrides(work: Path, size: str, arm: str) -> list[str]:
+    batch = [f"batch.size={LABELLED[size]}"] if arm == "labels" else []
+    return [*SIZES[size], *ARMS[arm].split(), *batch, *words(work, arm)]
 
 
 def words(work: Path, arm: str) -> list[str]:

@@ -77,9 +77,7 @@ def worded(work: Path, threads: int) -> Path:
     """A short hybrid run whose classes have words, and of which one was never labelled."""
     labelled = lambda row: row["split"] != "train" or row["label"] != "vasc"  # noqa: E731
     data, out = sets.build(work, sets.HAM, work / "ham-without-vasc", labelled), work / "runs" / "worded"
-    arm = "hybrid-text"
-    recipe = [*budget.SIZES["quick"], *budget.ARMS[arm].split(), *budget.words(work, arm)]
-    sets.pretrain(out, data, sets.ham_index(work), recipe, threads)
+    sets.pretrain(out, data, sets.ham_index(work), budget.overrides(work, "quick", "hybrid-text"), threads)
     return out
 
 

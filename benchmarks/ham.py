@@ -1,13 +1,13 @@
 """HAM10000 on two CPU cores: does `recipe=ham-cpu` beat what costs nothing, and what do labels add?
 
-    python -m benchmarks.ham                      # everything, cached arm by arm; about 2 hours on 2 cores
-    python -m benchmarks.ham --arms ssl --threads 1
+    python -m benchmarks.ham                      # cached arm by arm; about 3 hours on 2 cores
 
 Arms: the recipe as it stands (hybrid), without labels (ssl), the labels alone (labels); beside them random weights of
 the same backbone and a colour histogram with a thumbnail. All pretraining sees the train split with 10 % of its labels
 (whole lesions). Protocols: kNN and linear probe with all labels and with the same 10 %, intervals over lesions. What
 saw no label is judged on five draws of 10 % too: one of 706 images is a lottery. What saw labels would be given more.
-Data and work folder: benchmarks/sets.py. Results: benchmarks/results/ham-cpu.json.
+Its runs are those of `benchmarks.budget --size cpu`, which can train them one by one. Data and work folder:
+benchmarks/sets.py. Results: benchmarks/results/ham-cpu.json.
 """
 
 from __future__ import annotations
@@ -17,16 +17,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import sets
+from benchmarks import budget, sets
 from benchmarks.common import drawn, machine, write_results
 from finetune.results import Result, find
 
-WITHOUT = ["objectives.labels=null", "stream.labelled_fraction=0"]
-ALONE = ["objectives.dino=null", "objectives.ibot=null", "objectives.spread=null"]
-# The labels alone see as many labelled images a step as the hybrid does (a quarter of 64), and nothing else.
-ALONE += ["stream.labelled_fraction=1", "batch.size=16", "views.local_count=0"]
-ARMS = {"hybrid": [], "ssl": WITHOUT, "labels": ALONE}
-FRACTION = 0.1
+ARMS = {"hybrid": "hybrid-random", "ssl": "ssl", "labels": "labels"}  # as benchmarks/budget.py calls them
 DRAWS = {"1": [0], "0.1": [0], "0.1x5": [0, 1, 2, 3, 4]}  # folder -> seeds of the draws of labels
 UNLABELLED = ("ssl", "random", "histogram")
 PROTOCOLS = {"knn": ["knn"], "probe": ["logistic", "linear"]}  # by verb
@@ -35,18 +30,10 @@ PAIRS += [("ssl", "random"), ("ssl", "histogram"), ("labels", "histogram")]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of each run (0: all cores)")
-    parser.add_argument("--train-only", action="store_true", help="pretrain the arms and stop")
-    args = parser.parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     work = sets.work_folder()
-    full, tenth = sets.ham_index(work), sets.ham_with_labels(work, FRACTION)
-    for arm in args.arms:
-        sets.pretrain(work / "runs" / arm, tenth, full, ["recipe=ham-cpu", *ARMS[arm]], args.threads)
-    if args.train_only:
-        return
-    runs = {arm: str(work / "runs" / arm) for arm in ARMS}
+    full = sets.ham_index(work)
+    runs = {arm: str(budget.train(work, "cpu", name)) for arm, name in ARMS.items()}
     specs = {**runs, "random": f"random:{runs['ssl']}", "histogram": "histogram"}
     for share, seeds in DRAWS.items():
         for name in UNLABELLED if len(seeds) > 1 else specs:
@@ -60,7 +47,7 @@ def main() -> None:
         "metrics": {" ".join(key): result.about["metrics"] for key, result in results.items()},
         "selected": {" ".join(key): result.about["selected"] for key, result in results.items()},
         "differences": dict(differences(results)),
-        "runs": {arm: last_lines(work / "runs" / arm) for arm in ARMS},
+        "runs": {arm: last_lines(Path(run)) for arm, run in runs.items()},
     }
     write_results("ham-cpu.json", {**machine(), "command": "python -m benchmarks.ham", **document})
 

