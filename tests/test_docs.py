@@ -246,9 +246,15 @@ def test_figures_stand_in_their_own_cells() -> None:
             written.append(line)
             assert line == figures.ham_row(line.split(" | ")[0][2:], [("knn", "1"), ("logistic", "1")])
     assert len(written) == 8
-    few = figures.read("ham-cpu")["differences"]["hybrid - labels, knn, labels 0.1"]
+    gap = {name: figures.interval(row, "+") for name, row in figures.read("ham-cpu")["differences"].items()}
     text, shift = " ".join(page.split()), figures.read("pad")["shift"]["logistic"]
-    assert f"the lead over the labels alone is not shown: {figures.interval(few, '+')}." in text
+    assert f"the lead over self-supervision: {gap['hybrid - ssl, linear, labels 1']}.)" in text
+    assert f"the hybrid leads the histogram, {gap['hybrid - histogram, logistic, labels 0.1']}, and" in text
+    assert f"over five draws of that tenth: {gap['ssl - histogram, logistic, labels 0.1x5']}." in text
+    assert f"it leads self-supervision there, {gap['hybrid - ssl, knn, labels 0.1']}, and is" in text
+    assert f"level with the labels alone, {gap['hybrid - labels, knn, labels 0.1']}; by" in text
+    both = (gap[f"hybrid - {half}, logistic, labels 0.1"] for half in ("ssl", "labels"))
+    assert f"by logistic regression {' and '.join(both)}." in text
     home, away = (
         {arm: figures.interval(shift[arm]["metrics"][which]) for arm in ("ham-hybrid", "ham-ssl", "histogram")}
         for which in ("in_domain", "out_of_domain")

@@ -21,8 +21,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_interval_is_the_one_of_its_cell() -> None:
     columns = [(protocol, share) for protocol in ("knn", "logistic") for share in ("1", "0.1")]
     arms = ["`ham-cpu` (self-supervised + labels)", "the same without labels", "the labels alone", "random weights"]
-    pairs = ["hybrid - random", "hybrid - histogram", "hybrid - self-supervised", "self-supervised - histogram"]
-    names = [*arms, "colour histogram + thumbnail", *pairs]
+    pairs = [f"hybrid - {other}" for other in ("random", "histogram", "self-supervised", "the labels alone")]
+    names = [*arms, "colour histogram + thumbnail", *pairs, "self-supervised - histogram"]
     rows = [ham_row(name, columns) for name in names]
     document, protocols = read("demo"), ("knn", "logistic")
     backbones = {"ours": "the demo's backbone", "random": "random weights of the same backbone"}
@@ -32,7 +32,7 @@ def test_every_interval_is_the_one_of_its_cell() -> None:
     for other in ("random", "histogram"):
         found = [interval(document["differences"][f"ours - {other}, {p}"], "+") for p in protocols]
         rows.append(f"| ours - {other} | {' | '.join(found)} |")
-    written = [line for line in README.splitlines() if re.search(r"\d\.\d{3} \[", line)]
+    written = [line for line in README.splitlines() if re.search(r"^\|.*\d\.\d{3} \[", line)]
     assert sorted(written) == sorted(rows)
 
 
@@ -47,6 +47,12 @@ def test_every_other_measured_figure_is_the_one_that_was_measured() -> None:
     assert f"{faster:.1f} times as fast as lightly's DINOTransform from a 1,024 px JPEG" in text
     both = results["views"]["sides"]["1024"]["times_as_fast"]["ours, both / lightly"]["median"]
     assert f"with the colours on the same core {both:.1f} times" in text
+    names = ("ours", "lightly's parts", "lightly-train")
+    few, many = (
+        [f"{one['contestants'][name]['over_floor']:.2f}" for name in names] for one in results["step-cpu"]["settings"]
+    )
+    assert f"takes {few[0]} x the bare passes of its backbone at 4,096 prototypes and {many[0]} x at 65,536" in text
+    assert f"with lightly's parts {few[1]} and {many[1]}, as lightly-train's `dinov2` {few[2]} and {many[2]} (" in text
     assert f"took {round(results['demo']['last step']['seconds'] / 60)} minutes" in text
     soak = results["reliability"]["soak"]
     assert (soak["hours"], soak["different"], soak["lines_missing"]) == (2.0, [], 0)
@@ -58,8 +64,10 @@ def test_every_other_measured_figure_is_the_one_that_was_measured() -> None:
     assert f"found {copies['pairs']} pairs of copies, {copies['of_one_group']} of them known as one lesion" in text
     more = results["audit"]["ham"]["with_backbone"]["against_groups"]
     assert f"(`--backbone`) {more['pairs']}, of which {more['of_one_group']} are." in text
-    assert {results["ham-cpu"]["runs"][arm]["images"] for arm in ("hybrid", "ssl")} == {192_000}
-    assert "192,000 image presentations" in text
+    assert {results["ham-cpu"]["runs"][arm]["images"] for arm in ("hybrid", "ssl")} == {416_000}
+    assert "416,000 image presentations" in text
+    draws = results["ham-cpu"]["differences"]["ssl - histogram, logistic, labels 0.1x5"]
+    assert f"regression on 10 % of the labels over five draws of them: {interval(draws, '+')}" in text
     test = results["pad"]["shift"]["logistic"]["histogram"]["detail"]["domains"]["ham10000"]["test"]
     assert f"Balanced accuracy on {test:,} test images" in text
 
