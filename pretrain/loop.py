@@ -23,7 +23,7 @@ from hybridssl.errors import UserError
 from hybridssl.schedule import cosine, ramp
 from hybridssl.student import Student
 from hybridssl.views import render
-from pretrain import command, data, fit, garbage, record, usage
+from pretrain import branch, command, data, fit, garbage, record, usage
 from pretrain.assemble import build_student
 from pretrain.batches import Batches
 from pretrain.best import Best
@@ -67,13 +67,18 @@ def train(recipe: Recipe) -> int:
     learner = build_student(recipe, index, micro, announce=accelerator.is_main_process and state is None)
     learner = synchronised(learner, device)  # batch norms, where the backbone has any
     teacher = student.make_teacher(learner)
+    begun = branch.take(recipe, learner, teacher) if recipe.branch and not state else None
     for one in (learner, teacher):
         efficiency.apply(one.backbone, recipe.efficiency)
     model = spread(accelerator, recipe, learner, teacher)
     optimizer = optim.build(learner.backbone, learner.objectives, recipe.optim)
+    step, position = 0, 0
+    if begun:
+        begun.load_moments(optimizer, learner)
+        step, position = begun.step, begun.position
     if state:
         run.resume(out, learner, teacher, optimizer)
-    step, position = (state["step"], state["data"]["position"]) if state else (0, 0)
+        step, position = state["step"], state["data"]["position"]
 
     # The data: an endless stream of micro-batches, whose order is a function of the seed and the position.
     patch, clean = learner.backbone.patch_size, "clean" in learner.views
@@ -84,7 +89,9 @@ def train(recipe: Recipe) -> int:
     # What watches, tells and keeps.
     guard = Guard(recipe.guard, device, state["guard"] if state else None)
     probe = InLoopProbe(recipe, index) if recipe.probe.every else None
-    log = record.Record(recipe, accelerator, out, index, step, learner)
+    log = record.Record(recipe, accelerator, out, index, step, learner, fresh=state is None)
+    if begun:
+        log.say(str(begun))
     keeper = Keeper(recipe, accelerator, index, len(log.selected))
     best = Best(recipe.probe.early_stop, dist.of_first(lambda: log.lines), since=log.small)
     stop, watchdog = Stop(), Watchdog(60 * recipe.timeout, rank, stream.whereabouts)

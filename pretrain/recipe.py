@@ -109,6 +109,8 @@ class Recipe:
     steps: int = 100_000  # how long: steps of batch.size images
     precision: Literal["auto", "bf16", "no"] = "auto"  # auto: bf16 where it is faster, measured as the run begins
     resume: Literal["auto", "never"] = "auto"  # auto: go on from the newest checkpoint of `out`, if there is one
+    # begin where that run, or that checkpoint folder, is: what both have goes on, what only this one has begins there
+    branch: str = field(default="", metadata=_PLACE)
     timeout: float = 30.0  # minutes that a step may take, with its probe and checkpoint; then it is taken as stuck
     threads: int = 0  # CPU threads of a process, where there is no GPU; 0: the machine's cores, parted evenly
     profile: bool = False  # trace some steps into the run folder: what takes the time?

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import RenderableType
@@ -22,7 +23,7 @@ from hybridssl.recipe import to_dict, to_yaml
 from hybridssl.student import Student
 from hybridssl.text import beside, class_embeddings
 from hybridssl.types import Batch
-from pretrain import meters
+from pretrain import branch, meters
 from pretrain.alarms import alarms, thinned
 from pretrain.curriculum import small_steps
 from pretrain.data import selected
@@ -49,7 +50,14 @@ class Record:
     """Writes the run folder (the main process) and shows progress. Values between two logged steps are averaged."""
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, out: Path, index: Index, step: int, learner: Student
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        out: Path,
+        index: Index,
+        step: int,
+        learner: Student,
+        fresh: bool,
     ) -> None:
         self.recipe, self.accelerator, self.out, self.index = recipe, accelerator, out, index
         self.main = accelerator.is_main_process
@@ -62,7 +70,7 @@ class Record:
         prototypes = None if labels is None else sharding.whole(labels.get_parameter("weight").detach())
         if self.main:
             self.refusals.cut(step)
-            self._begin(prototypes, fresh=step == 0)
+            self._begin(prototypes, fresh)
         if recipe.log.trackers:
             accelerator.init_trackers(recipe.name, config=_flat(to_dict(recipe)))
         self.console = Terminal(stderr=True)
@@ -107,7 +115,8 @@ class Record:
         (self.out / STOPPED).unlink(missing_ok=True)
         write_text(self.out / "recipe.yaml", to_yaml(self.recipe))
         # Digests of every image the run may read: evaluation refuses a test image that is among them.
-        save_file({"digest": self.index.column("digest")[self.selected]}, self.out / "pretraining.safetensors")
+        own = np.asarray(self.index.column("digest")[self.selected])
+        save_file({"digest": branch.digests(self.recipe, own)}, self.out / branch.DIGESTS)
         if fresh and prototypes is not None:
             kept = {"initial": prototypes.float().cpu().numpy().copy()}
             if self.recipe.objectives["labels"].init == "text":  # type: ignore[attr-defined]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
@@ -19,6 +21,8 @@ from hybridssl.errors import UserError
 from hybridssl.student import Student
 from pretrain.recipe import Recipe, changes
 from shards.index import Index
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
@@ -72,7 +76,16 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     )
     if accelerator.device.type == "cpu":  # the launcher allows one thread, for it expects a GPU to do the work
         torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        keep_freed_memory()
     return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Have glibc hold on to what is freed, as torch does on a GPU: a step frees what the next one asks for, and fresh
+    pages of the kernel's cost a sixth of it (docs/log.md). Elsewhere than on Linux with glibc nothing happens."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def spread(accelerator: Accelerator, recipe: Recipe, learner: Student, teacher: Student) -> torch.nn.Module:

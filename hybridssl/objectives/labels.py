@@ -29,6 +29,8 @@ class Options(ObjectiveOptions):
     scale: float = 10.0  # of the cosines: 1 / temperature
     smoothing: float = 0.0  # label smoothing, over the classes that the image's source can name
     dropout: float = 0.0  # on the features, before the head
+    head_first: float = 0.0  # share of the run until which only the head learns, and the backbone does not: it then
+    # meets a head that knows the classes, and labels too few for the whole run (LP-FT, arXiv 2202.10054)
     unfreeze_at: float = 0.1  # share of the run after which text prototypes move; 1: never
     ontology: str = ""  # CSV (name,parents): for classes that are kinds of others, or sources of unlike detail
     adjust: bool = False  # one_of: logits + log prior of the class in its source (logit adjustment, arXiv 2007.07314),
@@ -121,16 +123,22 @@ class Labels(Objective):
             raise UserError(f"objectives.labels.view={self.options.view}, but the loader yields no such view")
         true, known, counted, source = self._known(batch)
         views = 1 if self.options.view == "clean" else 2
-        logits = self.logits(self.dropout(tokens.cls)).unflatten(0, (views, len(counted)))
+        cls = self._shown(tokens.cls, progress)
+        logits = self.logits(self.dropout(cls)).unflatten(0, (views, len(counted)))
         if self.options.adjust:
             logits = logits + self.prior[source]
         losses = self.losses(logits, true, known, source, self.options.smoothing)  # [views, B]
         found = {"labels": (losses.mean(dim=0) * counted).sum() * target.labelled}
         if target.true is not None and target.known is not None and target.unlabelled is not None:
-            logits = self.logits(self.dropout(student.global_.cls)).unflatten(0, (2, -1))
+            cls = self._shown(student.global_.cls, progress)
+            logits = self.logits(self.dropout(cls)).unflatten(0, (2, -1))
             losses = self.losses(logits, target.true, target.known, batch.source)
             found["pseudo"] = (losses.mean(dim=0) * target.known.any(dim=1)).sum() * target.unlabelled
         return found
+
+    def _shown(self, cls: Tensor, progress: float) -> Tensor:
+        """`cls`, and while only the head learns without its gradient; yet on the graph, or DDP waits for it."""
+        return cls if progress >= self.options.head_first else cls.detach() + 0 * cls
 
     def logits(self, features: Tensor) -> Tensor:
         """[N, dim] -> [N, K] for any image and all classes; multi: [N, V], the ancestors behind the classes."""

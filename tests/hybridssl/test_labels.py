@@ -102,6 +102,24 @@ def test_text_prototypes_rest_and_then_move(toys) -> None:
     assert rows.abs().sum() > 0  # a copy
 
 
+@pytest.mark.parametrize("pseudo", [1.0, 0.51])
+def test_the_head_learns_first_and_then_the_backbone_too(pseudo: float, toys) -> None:
+    objective = make(toys, head_first=0.5, pseudo_above=pseudo)
+    batch, views = toys.batch(8, labelled=0.5), toys.tokens(8, 1)
+    for tokens in (views.clean, views.global_):
+        tokens.cls.requires_grad_()
+    (target,) = objective.targets([toys.tokens(8, 2)], [batch], 0.0)
+    found = {}
+    for progress in (0.49, 0.5):
+        loss = sum(objective(views, target, batch, progress).values())
+        assert loss.item() == pytest.approx(sum(objective(views, target, batch, 1.0).values()).item())
+        shown = [views.clean.cls, *([views.global_.cls] if pseudo < 1 else [])]
+        found[progress] = torch.autograd.grad(loss, [objective.weight, *shown])  # all are on the graph
+    torch.testing.assert_close(found[0.49][0], found[0.5][0])
+    assert all(gradient.eq(0).all() for gradient in found[0.49][1:])
+    assert all(gradient.ne(0).any() for gradient in found[0.5][1:])
+
+
 def test_random_cosine_prototypes_are_unit_rows(toys) -> None:
     torch.testing.assert_close(make(toys).weight.norm(dim=1), torch.ones(toys.CLASSES))
 

@@ -1,0 +1,106 @@
+"""A run that begins in the middle of another one: other objectives, labels that came later, larger crops for the end.
+
+    accelerate launch pretrain recipe=... branch=runs/a/checkpoints/step-70000 out=runs/b objectives.labels={}
+
+What both have goes on as it was, moments and place in the data too; what only this run has begins here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from hybridssl import optim, run
+from hybridssl.errors import UserError
+from hybridssl.student import Student
+from pretrain.recipe import Recipe
+
+DIGESTS = "pretraining.safetensors"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Where a run begins. `kept`: prefixes of the parameters that go on; `begun`: objectives that are new."""
+
+    folder: Path  # the checkpoint
+    step: int
+    position: int  # in the stream
+    kept: tuple[str, ...]
+    begun: tuple[str, ...]
+
+    def __str__(self) -> str:
+        new = f"; new: {', '.join(self.begun)}" if self.begun else ""
+        return f"branch of {self.folder} at step {self.step}{new}"
+
+    def load_moments(self, optimizer: torch.optim.Optimizer, learner: Student) -> None:
+        """Those of what goes on."""
+        moments = run.read_tensors(self.folder, "optim.safetensors")
+        optim.load_named_state(optimizer, learner, {k: v for k, v in moments.items() if k.startswith(self.kept)})
+
+
+def take(recipe: Recipe, learner: Student, teacher: Student) -> Branch:
+    """Load the weights of `recipe.branch` (a run folder or one of its checkpoints) into both, on the CPU and whole.
+
+    An objective goes on if it has the tensors that it had there, by name and shape, and begins anew otherwise.
+    Raises UserError when there is no such checkpoint, or its backbone, batch size or length is another.
+    """
+    folder = run.latest(recipe.branch)
+    state, tensors = run.read_state(folder), run.read_tensors(folder)
+    _check(recipe, folder, state)
+    kept, begun = ["backbone."], []
+    for name, objective in learner.each().items():
+        same = all(
+            _shapes(own.state_dict()) == _shapes(_below(tensors, f"{who}.objectives.{name}."))
+            for who, own in (("student", objective), ("teacher", teacher.each()[name]))
+        )
+        kept += [f"objectives.{name}."] if same else []
+        begun += [] if same else [name]
+    for who, model in (("student", learner), ("teacher", teacher)):
+        for prefix in kept:
+            found = _below(tensors, f"{who}.{prefix}")
+            own = model.get_submodule(prefix.removesuffix("."))
+            if prefix == "backbone." and _shapes(own.state_dict()) != _shapes(found):
+                raise UserError(f"branch: {folder} holds another backbone than the recipe's ({recipe.backbone.name})")
+            own.load_state_dict(found)
+    for name in begun:  # what compares with the backbone as it was means this one
+        teacher.each()[name].begin(teacher.backbone)
+    return Branch(folder, state["step"], state["data"]["position"], tuple(kept), tuple(begun))
+
+
+def digests(recipe: Recipe, own: np.ndarray) -> np.ndarray:
+    """Of all images that the weights may have seen: `own`, and those of the run that this is a branch of."""
+    if not recipe.branch:
+        return own
+    named = Path(recipe.branch)
+    origin = named if run.checkpoints(named) else named.parent.parent
+    files = [place / DIGESTS for place in (origin, Path(recipe.out))]  # its own, where it goes on without the other
+    return np.unique(np.concatenate([own, *(load_file(file)["digest"] for file in files if file.is_file())]))
+
+
+def _check(recipe: Recipe, folder: Path, state: Mapping[str, Any]) -> None:
+    there = state["recipe"].get("batch", {}).get("size")
+    if there != recipe.batch.size:
+        raise UserError(
+            f"branch: {folder} was trained with batch.size={there}, this run has {recipe.batch.size}: steps would "
+            f"not count the same images. Say batch.size={there}"
+        )
+    if state["step"] >= recipe.steps:
+        raise UserError(
+            f"branch: {folder} is at step {state['step']}, where this run ends (steps={recipe.steps}): name an "
+            "earlier checkpoint, or raise steps"
+        )
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: t.shape for name, t in tensors.items()}

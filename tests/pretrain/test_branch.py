@@ -1,0 +1,128 @@
+"""A run that begins in the middle of another: what goes on is that run's to the bit, what is new begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.torch import load_file
+
+from hybridssl import run
+from pretrain.loop import main
+from shards import demo
+from tests.pretrain.conftest import TINY, lines, losses
+
+SSL = ["objectives.labels=null", "stream.labelled_fraction=0"]
+LABELS = ["stream.labelled_fraction=0"]
+LAST = "checkpoints/step-4/model.safetensors"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_report() -> None:
+    """It takes longer than the steps, and is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.report.write", lambda run, data=None: run / "report.html")
+        yield
+
+
+@pytest.fixture(scope="module")
+def trunk(index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "trunk"
+    assert main([*TINY, *SSL, f"data.train={index}", f"out={out}"]) == 0
+    return out
+
+
+@pytest.fixture
+def middle(trunk: Path) -> str:
+    return f"branch={trunk / 'checkpoints/step-2'}"
+
+
+def test_with_nothing_new_it_is_the_run_it_comes_from(
+    trunk: Path, middle: str, tiny: list[str], tmp_path: Path
+) -> None:
+    assert main([*tiny, *SSL, middle, f"out={tmp_path / 'again'}"]) == 0
+    assert losses(tmp_path / "again") == losses(trunk)[2:]
+    ours, theirs = load_file(tmp_path / "again" / LAST), load_file(trunk / LAST)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [line["step"] for line in lines(tmp_path / "again")] == [3, 4]
+
+
+def test_labels_join_with_a_head_of_their_own(
+    trunk: Path, middle: str, tiny: list[str], tmp_path: Path, capsys
+) -> None:
+    """The images of step 3 are those of the trunk, and so are its self-supervised losses."""
+    assert main([*tiny, *LABELS, middle, f"out={tmp_path / 'b'}"]) == 0
+    assert "at step 2; new: labels" in capsys.readouterr().err
+    first, there = losses(tmp_path / "b")[0], losses(trunk)[2]
+    for name in ("loss/dino", "loss/ibot", "loss/spread"):
+        assert first[name] == pytest.approx(there[name], rel=1e-5)
+    assert first["loss/labels"] > 0
+    moments = run.read_tensors(tmp_path / "b", "optim.safetensors")
+    assert moments["backbone.model.cls_token|step"] == 4
+    assert moments["objectives.labels.weight|step"] == 2
+
+
+def test_a_branch_goes_on_where_it_was(middle: str, tiny: list[str], tmp_path: Path, monkeypatch) -> None:
+    """Also when the run that it came from is there no more."""
+    arguments = [*tiny, *LABELS, middle, "save.every=1"]
+    assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
+    monkeypatch.setattr("pretrain.stop.Stop.share", lambda stop: setattr(stop, "reason", 15))
+    assert main([*arguments, f"out={tmp_path / 'parts'}"]) == 85
+    monkeypatch.undo()
+    monkeypatch.setattr("pretrain.report.write", lambda run, data=None: run / "report.html")
+    monkeypatch.setattr("pretrain.branch.take", None)
+    assert main([*arguments, f"out={tmp_path / 'parts'}"]) == 0
+    ours, theirs = (load_file(tmp_path / name / LAST) for name in ("parts", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_begins_to_look_back_looks_at_the_branch(
+    trunk: Path, middle: str, tiny: list[str], tmp_path: Path
+) -> None:
+    assert main([*tiny, *SSL, "objectives.anchor={}", middle, f"out={tmp_path / 'b'}"]) == 0
+    there = load_file(trunk / "checkpoints/step-2/model.safetensors")
+    kept = {k: v for k, v in load_file(tmp_path / "b" / LAST).items() if k.startswith("teacher.objectives.anchor.ref")}
+    assert kept
+    for name, value in kept.items():
+        assert torch.equal(value, there[name.replace("teacher.objectives.anchor.reference", "teacher.backbone")])
+
+
+@pytest.mark.parametrize("named", ["run", "checkpoint"])
+def test_the_images_of_both_count_as_seen(
+    trunk: Path, named: str, tiny: list[str], index: Path, tmp_path: Path
+) -> None:
+    """Or evaluation on an image of the first run would pass for unseen. A branch that goes on still knows."""
+    other = tmp_path / "other"
+    demo.generate(other, samples=60, seed=5, size=48)
+    place = trunk / "checkpoints/step-2" if named == "checkpoint" else trunk
+    arguments = [*tiny, *SSL, f"data.train={other}", f"branch={place}", "steps=6", f"out={tmp_path / 'b'}"]
+    assert main(arguments) == 0
+    (tmp_path / "b/report.html").unlink(missing_ok=True)
+    for _ in range(2):
+        seen, before = (load_arrays(p / "pretraining.safetensors")["digest"] for p in (tmp_path / "b", trunk))
+        assert np.isin(before, seen).all()
+        assert len(seen) > len(before)
+        assert main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("batch.size=4", "batch.size=8"),
+        ("steps=2", "raise steps"),
+        ("backbone.args.depth=1", "another backbone"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: str, words: str, middle: str, tiny: list[str], tmp_path: Path, capsys):
+    assert main([*tiny, *SSL, middle, change, f"out={tmp_path / 'b'}"]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_branch_of_nothing_is_refused(tiny: list[str], tmp_path: Path, capsys) -> None:
+    assert main([*tiny, f"branch={tmp_path / 'none'}", f"out={tmp_path / 'b'}"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
