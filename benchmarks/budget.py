@@ -48,15 +48,17 @@ backbone.name=vit_small_patch16_224 backbone.args.depth=12 backbone.args.embed_d
 backbone.drop_path=0.1 objectives.dino.prototypes=4096 objectives.ibot.prototypes=4096 optim.lr=2e-3
 teacher.momentum=[0.992,1.0] probe.every=2000 save.every=1000"""
 SIZES = {
-    "quick": ["recipe=ham-cpu", "steps=500", "probe.every=250"],
-    "cpu": ["recipe=ham-cpu"],
+    "quick": ["recipe=ham-cpu", "steps=500", "probe.every=250", "save.every=50"],
+    "cpu": ["recipe=ham-cpu", "save.every=650"],
     "gpu": GPU.split(),
 }
+JOIN = {"quick": 350, "cpu": 4550, "gpu": 14_000}  # the step, .7 of each, at which labels join in the arms of LATE
 LABELLED = {"quick": 16, "cpu": 16, "gpu": 64}  # images of a batch that have a label: the whole batch of `labels`
 
 SSL = "objectives.labels=null stream.labelled_fraction=0"
 FREED = "objectives.labels.init=text objectives.labels.unfreeze_at=0.1"
 FROZEN = "objectives.labels.init=text objectives.labels.unfreeze_at=1"
+AS_THEY_COME = "stream.labelled_fraction=0 objectives.labels.adjust=true objectives.labels.head_first=0.75"
 ARMS = {
     "labels": "objectives.dino=null objectives.ibot=null objectives.spread=null views.local_count=0"
     " stream.labelled_fraction=1",
@@ -67,11 +69,16 @@ ARMS = {
     "hybrid-text": FREED,
     "hybrid-random": "objectives.labels.init=random",
     "hybrid-text-frozen": FROZEN,
+    "hybrid-late": AS_THEY_COME,
+    "hybrid-late-balanced": "objectives.labels.head_first=0.75",
+    "hybrid-late-text": f"{AS_THEY_COME} objectives.labels.init=text objectives.labels.unfreeze_at=0.75",
     "hybrid-no-domain": f"{FREED} objectives.guide.columns.domain=remove",
     "dermino": f"{FROZEN} objectives.labels.head=linear objectives.labels.kind=multi objectives.labels.view=global",
     "pixels-for-ibot": f"{FREED} objectives.ibot=null objectives.pixels.weight=1",
     "kde-for-koleo": f"{FREED} objectives.spread.estimator=kde objectives.spread.group=64",
 }
+# Branches of the arm `ssl` at JOIN: self-supervised until then, and each costs only the rest.
+LATE = ("hybrid-late", "hybrid-late-balanced", "hybrid-late-text")
 MAIN = ("random", "labels", "ssl", "hybrid-text")
 
 # figure -> where its results.json is below an arm's folder
@@ -111,7 +118,7 @@ def main() -> None:
     if "random" in arms:  # one draw: another would bring other labels too, and the seeds of a run are not that
         judge(f"random:{some_run(base)}", base / "results" / "random-0", work)
     found = collect(base / "results")
-    trained = training(base / "runs", found)
+    trained = training(base / "runs", found, JOIN[args.size])
     name = f"budget-{args.size}" + ("" if args.labels == 0.1 else f"-labels-{args.labels:g}")
     command = f"python -m benchmarks.budget --size {args.size} --labels {args.labels:g}"
     write_results(
@@ -127,7 +134,11 @@ def train(work: Path, size: str, arm: str, seed: int = 0, labels: float = 0.1, t
     """The run of an arm: pretrained now, or gone on with, or found."""
     out = folder(work, size, labels) / "runs" / f"{arm}-{seed}"
     data, full = sets.ham_with_labels(work, labels), sets.ham_index(work)
-    sets.pretrain(out, data, full, [*overrides(work, size, arm), f"seed={seed}"], threads)
+    more = [f"seed={seed}", f"save.keep_every={JOIN[size]}"]
+    if arm in LATE:
+        trunk = train(work, size, "ssl", seed, labels, threads)
+        more.append(f"branch={trunk / 'checkpoints' / f'step-{JOIN[size]}'}")
+    sets.pretrain(out, data, full, [*overrides(work, size, arm), *more], threads)
     return out
 
 
@@ -193,15 +204,26 @@ def collect(folder: Path) -> dict[str, dict[int, dict[str, Result]]]:
     return found
 
 
-def training(runs: Path, found: Mapping[str, Mapping[int, object]]) -> dict[str, dict[str, dict[str, float]]]:
-    """arm -> seed -> seconds and images of its pretraining, by its own log; random weights have none."""
+def training(
+    runs: Path, found: Mapping[str, Mapping[int, object]], join: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """arm -> seed -> seconds and images of its pretraining, by its log and that of its trunk; random weights have none.
+
+    join: the step at which the arms of LATE leave the trunk.
+    """
     trained: dict[str, dict[str, dict[str, float]]] = {}
     for arm, seeds in found.items():
         for seed in seeds if arm != "random" else ():
-            lines = Journal(runs / f"{arm}-{seed}" / "metrics.jsonl").lines()
-            last = max((line for line in lines if "seconds" in line), key=lambda line: line["step"])
-            trained.setdefault(arm, {})[str(seed)] = {key: last[key] for key in ("seconds", "images")}
+            last = told(runs / f"{arm}-{seed}")
+            spent = told(runs / f"ssl-{seed}", join)["seconds"] if arm in LATE else 0
+            trained.setdefault(arm, {})[str(seed)] = {"seconds": last["seconds"] + spent, "images": last["images"]}
     return trained
+
+
+def told(run: Path, until: float = math.inf) -> dict[str, float]:
+    """The last line of a run's log up to a step."""
+    lines = [line for line in Journal(run / "metrics.jsonl").lines() if "seconds" in line and line["step"] <= until]
+    return max(lines, key=lambda line: line["step"])
 
 
 def table(found: Mapping[str, Mapping[int, Mapping[str, Result]]]) -> dict[str, Any]:

