@@ -110,7 +110,11 @@ def _data(about: Mapping[str, Any], which: str, stated: Stated) -> str:
         ("classes that labels could name", listed(about["classes"], "none")),
         ("weights", escape(which)),
     ]
-    kind = "**All of these images are synthetic.** " if about["synthetic"] else ""
+    for run in about.get("before", ()):
+        seen = f"{run['samples']:,} images, sources: {listed(run['sources'], 'not stated')}"
+        rows.append((f"before, until step {run['step']:,}", seen))
+    synthetic = all(run["synthetic"] for run in (about, *about.get("before", ())))
+    kind = "**All of these images are synthetic.** " if synthetic else ""
     nothing = "This folder holds weights, counts and digests; no image, no report, no file name and no patient data."
     return f"{_table(('', ''), rows)}\n{kind}{nothing}\n"
 

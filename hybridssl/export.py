@@ -148,7 +148,7 @@ def timm_config(backbone: Backbone, description: Mapping[str, Any]) -> dict[str,
 
 def pretraining(state: Mapping[str, Any]) -> dict[str, Any]:
     """pretraining.json: what the backbone has seen, without the paths of the machine that it was trained on."""
-    data = {key: state["data"][key] for key in PRETRAINING}
+    data = {key: state["data"][key] for key in PRETRAINING} | {"before": state["data"].get("before", [])}
     recipe = _portable(state["recipe"])
     return {**data, "step": state["step"], "images": state["images"], "recipe": recipe}
 

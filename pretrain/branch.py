@@ -34,6 +34,7 @@ class Branch:
     position: int  # in the stream
     kept: tuple[str, ...]
     begun: tuple[str, ...]
+    before: tuple[dict[str, Any], ...]  # what the weights have learnt from until here, a run each, the oldest first
 
     def __str__(self) -> str:
         new = f"; new: {', '.join(self.begun)}" if self.begun else ""
@@ -71,7 +72,15 @@ def take(recipe: Recipe, learner: Student, teacher: Student) -> Branch:
             own.load_state_dict(found)
     for name in begun:  # what compares with the backbone as it was means this one
         teacher.each()[name].begin(teacher.backbone)
-    return Branch(folder, state["step"], state["data"]["position"], tuple(kept), tuple(begun))
+    position, before = state["data"]["position"], lineage(state)
+    return Branch(folder, state["step"], position, tuple(kept), tuple(begun), before)
+
+
+def lineage(state: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """What a checkpoint's weights have learnt from: until which step, and from which images."""
+    data = state["data"]
+    own = {"step": state["step"], **{key: data[key] for key in ("samples", "sources", "synthetic")}}
+    return *data.get("before", ()), own
 
 
 def digests(recipe: Recipe, own: np.ndarray) -> np.ndarray:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +25,17 @@ AGAIN = 5.0  # seconds before the last checkpoint of a run is tried once more
 class Keeper:
     """Writes the run's checkpoints (the main process does); the run goes on meanwhile."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, index: Index, samples: int) -> None:
-        """samples: how many the run reads an epoch."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        index: Index,
+        samples: int,
+        before: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """samples: how many the run reads an epoch; before: the runs that it is a branch of (branch.py)."""
         self.recipe, self.accelerator, self.index, self.samples = recipe, accelerator, index, samples
+        self.before = list(before)
         keep = Keep(recipe.save.keep, recipe.save.keep_every)
         self.writer = Writer(Path(recipe.out), keep) if accelerator.is_main_process else None
 
@@ -91,6 +101,7 @@ class Keeper:
             "sources": list(index.sources),
             "classes": list(index.classes),
             "synthetic": index.synthetic,
+            "before": self.before,
         }
         images = step * recipe.batch.size
         return RunState(step, images, to_dict(recipe), backbone, data, _machine(self.accelerator), guard.state())

@@ -92,7 +92,8 @@ def train(recipe: Recipe) -> int:
     log = record.Record(recipe, accelerator, out, index, step, learner, fresh=state is None)
     if begun:
         log.say(str(begun))
-    keeper = Keeper(recipe, accelerator, index, len(log.selected))
+    before = begun.before if begun else state["data"].get("before", ()) if state else ()
+    keeper = Keeper(recipe, accelerator, index, len(log.selected), before)
     best = Best(recipe.probe.early_stop, dist.of_first(lambda: log.lines), since=log.small)
     stop, watchdog = Stop(), Watchdog(60 * recipe.timeout, rank, stream.whereabouts)
     if best.enough:  # it had ended early, and was started again

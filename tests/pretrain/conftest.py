@@ -23,6 +23,7 @@ TINY = [
     "batch.size=8",
     "steps=4",
     "data.workers=0",
+    "precision=no",  # which is faster is measured, so two runs of a test could take different ones
     "threads=1",  # the second one waits for a core as often as it helps, and spins
     "views.global_size=32",
     "views.local_size=16",

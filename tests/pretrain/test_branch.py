@@ -11,8 +11,10 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
 from hybridssl import run
+from hybridssl.export import export
 from pretrain.loop import main
 from shards import demo
+from shards.index import Index
 from tests.pretrain.conftest import TINY, lines, losses
 
 SSL = ["objectives.labels=null", "stream.labelled_fraction=0"]
@@ -66,7 +68,7 @@ def test_labels_join_with_a_head_of_their_own(
     assert moments["objectives.labels.weight|step"] == 2
 
 
-def test_a_branch_goes_on_where_it_was(middle: str, tiny: list[str], tmp_path: Path, monkeypatch) -> None:
+def test_a_branch_goes_on_where_it_was(middle: str, tiny: list[str], index: Path, tmp_path: Path, monkeypatch) -> None:
     """Also when the run that it came from is there no more."""
     arguments = [*tiny, *LABELS, middle, "save.every=1"]
     assert main([*arguments, f"out={tmp_path / 'whole'}"]) == 0
@@ -78,6 +80,12 @@ def test_a_branch_goes_on_where_it_was(middle: str, tiny: list[str], tmp_path: P
     assert main([*arguments, f"out={tmp_path / 'parts'}"]) == 0
     ours, theirs = (load_file(tmp_path / name / LAST) for name in ("parts", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (before,) = run.read_state(tmp_path / "parts")["data"]["before"]
+    assert (before["step"], before["sources"], before["synthetic"]) == (2, list(Index.open(index).sources), True)
+    export(tmp_path / "parts", tmp_path / "model")
+    assert (
+        f"| before, until step 2 | {before['samples']} images, sources: " in (tmp_path / "model/README.md").read_text()
+    )
 
 
 def test_what_begins_to_look_back_looks_at_the_branch(

@@ -65,7 +65,8 @@ def test_how_the_backbone_is_run_changes_no_result(
 
 
 def test_the_precision_is_measured_once_and_kept(tiny: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
-    run, begun = [*tiny, f"out={tmp_path / 'run'}", "steps=2"], []
+    auto = [*tiny, "precision=auto"]
+    run, begun = [*auto, f"out={tmp_path / 'run'}", "steps=2"], []
     monkeypatch.setattr(precision, "faster_in_bf16", lambda device: begun.append(device.type) or len(begun) == 1)
     AcceleratorState._reset_state(True)
     assert main(run) == 0
@@ -74,7 +75,7 @@ def test_the_precision_is_measured_once_and_kept(tiny: list[str], tmp_path: Path
     assert f"next: python -m hybridssl export {tmp_path / 'run'} --out models/run\n" in capsys.readouterr().out
     assert len(begun) == 1
     AcceleratorState._reset_state(True)
-    assert main([*tiny, f"out={tmp_path / 'new'}", "steps=1"]) == 0
+    assert main([*auto, f"out={tmp_path / 'new'}", "steps=1"]) == 0
     assert (begun[-1], len(begun)) == (PartialState().device.type, 2)
     assert "precision: 'no'" in (tmp_path / "new" / "recipe.yaml").read_text()
 
