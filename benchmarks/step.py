@@ -38,6 +38,7 @@ from benchmarks.peers import PEERS
 from hybridssl import attention
 from hybridssl.objectives import dino
 from pretrain import cost, meters
+from pretrain.start import keep_freed_memory
 
 OWN = {"floor": floor, "ours": ours}
 CONTESTANTS: dict[str, Callable[[Setting, torch.device], Step]] = {**OWN, **PEERS}
@@ -71,6 +72,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # contestants of many sizes share the GPU
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()  # as our loop does; in one process all contestants have it
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.alone:

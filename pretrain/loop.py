@@ -89,10 +89,10 @@ def train(recipe: Recipe) -> int:
     # What watches, tells and keeps.
     guard = Guard(recipe.guard, device, state["guard"] if state else None)
     probe = InLoopProbe(recipe, index) if recipe.probe.every else None
-    log = record.Record(recipe, accelerator, out, index, step, learner, fresh=state is None)
+    before = begun.before if begun else state["data"].get("before", ()) if state else ()
+    log = record.Record(recipe, accelerator, out, index, step, learner, before[-1]["step"] if before else 0)
     if begun:
         log.say(str(begun))
-    before = begun.before if begun else state["data"].get("before", ()) if state else ()
     keeper = Keeper(recipe, accelerator, index, len(log.selected), before)
     best = Best(recipe.probe.early_stop, dist.of_first(lambda: log.lines), since=log.small)
     stop, watchdog = Stop(), Watchdog(60 * recipe.timeout, rank, stream.whereabouts)

@@ -83,19 +83,21 @@ class Pace:
     where the loader, and not the model, is what takes the time.
     """
 
-    def __init__(self, steps: int, small: int, work: Mapping[int, float], lines: Iterable[Mapping[str, Any]]) -> None:
-        """work: as for `Meter`; lines: what was logged before."""
-        self.steps, self.small = steps, small
+    def __init__(
+        self, steps: int, small: int, work: Mapping[int, float], lines: Iterable[Mapping[str, Any]], begun: int = 0
+    ) -> None:
+        """work: as for `Meter`; lines: what was logged before; begun: the step at which the run began, of a branch."""
+        self.steps, self.small, self.begun = steps, small, begun
         few, many = (work[side] for side in (min(work), max(work))) if work else (1.0, 4.0)  # pixels
         self.dearer = many / few
         small_ones = [line for line in lines if line["step"] <= small and "seconds" in line]
-        self.turn = (small_ones[-1]["step"], small_ones[-1]["seconds"]) if small_ones else (0, 0.0)
+        self.turn = (small_ones[-1]["step"], small_ones[-1]["seconds"]) if small_ones else (begun, 0.0)
 
     def left(self, step: int, seconds: float) -> float:
         """Seconds that are left after `step` steps, which took `seconds`."""
         if step <= self.small:
             self.turn = step, seconds
-            return seconds / step * (self.small - step + self.dearer * (self.steps - self.small))
+            return seconds / (step - self.begun) * (self.small - step + self.dearer * (self.steps - self.small))
         at, spent = self.turn
         return (seconds - spent) / (step - at) * (self.steps - step)
 

@@ -57,8 +57,9 @@ class Record:
         index: Index,
         step: int,
         learner: Student,
-        fresh: bool,
+        begun: int = 0,
     ) -> None:
+        """step: after which the run goes on; begun: that at which it began, 0 but for a branch."""
         self.recipe, self.accelerator, self.out, self.index = recipe, accelerator, out, index
         self.main = accelerator.is_main_process
         self.selected = selected(recipe, index)
@@ -70,7 +71,7 @@ class Record:
         prototypes = None if labels is None else sharding.whole(labels.get_parameter("weight").detach())
         if self.main:
             self.refusals.cut(step)
-            self._begin(prototypes, fresh)
+            self._begin(prototypes, fresh=step == begun)
         if recipe.log.trackers:
             accelerator.init_trackers(recipe.name, config=_flat(to_dict(recipe)))
         self.console = Terminal(stderr=True)
@@ -87,7 +88,7 @@ class Record:
         work = meters.work(recipe, learner, index.channels)
         peak = meters.peak(accelerator.device, accelerator.mixed_precision)
         self.meter = meters.Meter(recipe.batch.size, work, peak, accelerator.num_processes)
-        self.pace = meters.Pace(recipe.steps, self.small, work, self.lines)
+        self.pace = meters.Pace(recipe.steps, self.small, work, self.lines, begun)
         self.profiler = self._profiler(recipe.steps - step)
         self.quarantine = Quarantine(out / "quarantine.jsonl", recipe.stream, len(self.selected))
         self._clear()

@@ -103,6 +103,8 @@ def test_the_time_left_reckons_with_larger_crops_and_then_measures_them() -> Non
     lines = [{"step": 0, "probe/knn": 0.1}, {"step": 6, "seconds": 6.0}, {"step": 7, "seconds": 8.0}]
     assert Pace(10, 6, work, lines).left(8, 10.0) == pytest.approx(2 * 2)  # of a run that goes on
     assert Pace(10, 0, {64: 3.0}, []).left(4, 8.0) == pytest.approx(6 * 2)
+    assert Pace(10, 0, {64: 3.0}, [], begun=3).left(4, 8.0) == pytest.approx(6 * 8)  # of a branch
+    assert Pace(10, 6, work, [], begun=4).left(5, 2.0) == pytest.approx(Pace(10, 6, work, []).left(5, 10.0))
     assert Pace(10, 6, {}, []).left(6, 6.0) == pytest.approx(4 * 4)  # by the pixels, where no FLOPs are known
 
 
