@@ -79,7 +79,7 @@ ARMS = {
 }
 # Branches of the arm `ssl` at JOIN: self-supervised until then, and each costs only the rest.
 LATE = ("hybrid-late", "hybrid-late-balanced", "hybrid-late-text")
-MAIN = ("random", "labels", "ssl", "hybrid-text")
+MAIN = ("random", "labels", "ssl", "hybrid-late-text")
 
 # figure -> where its results.json is below an arm's folder
 FIGURES = {
