@@ -16,6 +16,14 @@ HAM = {  # how pages call the arms of benchmarks/ham.py
     "histogram": ("colour histogram + thumbnail", "histogram"),
 }
 
+BUDGET = {  # and those of `benchmarks/budget.py --size cpu`
+    "late, text prototypes": "hybrid-late-text",
+    "late, random prototypes": "hybrid-late",
+    "no labels": "ssl",
+    "labels alone": "labels",
+    "random weights": "random",
+}
+
 
 def read(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -33,4 +41,20 @@ def ham_row(name: str, columns: Sequence[tuple[str, str]]) -> str:
     else:
         one, other = (called[part] for part in name.split(" - "))
         cells = [interval(document["differences"][f"{one} - {other}, {p}, labels {n}"], "+") for p, n in columns]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def budget_row(name: str, columns: Sequence[str]) -> str:
+    """Likewise of the budget's table; a difference may stand there the other way round."""
+    document = read("budget-cpu")
+    if name in BUDGET:
+        cells = [interval(document["arms"][BUDGET[name]][column]) for column in columns]
+        return f"| {name} | {' | '.join(cells)} |"
+    one, other = (BUDGET[part] for part in name.split(" - "))
+    gaps = {(gap["a"], gap["b"]): gap for gap in document["differences"]}
+    if (one, other) in gaps:
+        cells = [interval(gaps[one, other][column], "+") for column in columns]
+    else:
+        turned = (gaps[other, one][column] for column in columns)
+        cells = [interval({"value": -t["value"], "low": -t["high"], "high": -t["low"]}, "+") for t in turned]
     return f"| {name} | {' | '.join(cells)} |"

@@ -255,6 +255,13 @@ def test_figures_stand_in_their_own_cells() -> None:
     assert f"level with the labels alone, {gap['hybrid - labels, knn, labels 0.1']}; by" in text
     both = (gap[f"hybrid - {half}, logistic, labels 0.1"] for half in ("ssl", "labels"))
     assert f"by logistic regression {' and '.join(both)}." in text
+    late = [
+        figures.budget_row(f"late, text prototypes - {h}", ["ham linear 10 %"]) for h in ("no labels", "labels alone")
+    ]
+    ssl, labels = (row.split(" | ")[1].removesuffix(" |") for row in late)
+    arms = figures.read("budget-cpu")["arms"]
+    own = figures.interval(arms["hybrid-late-text"]["ham linear 10 %"])
+    assert f"on that tenth: {own}, over self-supervision {ssl}, over the labels alone {labels}." in text
     home, away = (
         {arm: figures.interval(shift[arm]["metrics"][which]) for arm in ("ham-hybrid", "ham-ssl", "histogram")}
         for which in ("in_domain", "out_of_domain")

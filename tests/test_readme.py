@@ -12,7 +12,7 @@ import numpy as np
 from pretrain import command, recipe
 from shards import demo
 from shards.draw import Photo
-from tests.figures import RESULTS, ham_row, interval, read
+from tests.figures import BUDGET, RESULTS, budget_row, ham_row, interval, read
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +32,9 @@ def test_every_interval_is_the_one_of_its_cell() -> None:
     for other in ("random", "histogram"):
         found = [interval(document["differences"][f"ours - {other}, {p}"], "+") for p in protocols]
         rows.append(f"| ours - {other} | {' | '.join(found)} |")
+    pairs = [f"late, text prototypes - {other}" for other in ("no labels", "labels alone", "late, random prototypes")]
+    figures = ("ham linear 10 %", "ham linear", "ham knn", "composite")
+    rows += [budget_row(name, figures) for name in (*BUDGET, *pairs)]
     written = [line for line in README.splitlines() if re.search(r"^\|.*\d\.\d{3} \[", line)]
     assert sorted(written) == sorted(rows)
 
