@@ -68,12 +68,11 @@ def _same_model_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _own_precision(request: pytest.FixtureRequest) -> Iterator[None]:
-    """accelerate keeps device and precision for a process; on a GPU precision=auto is bf16, and tests name others."""
-    on_device = request.node.get_closest_marker("gpu")
-    if on_device:
-        AcceleratorState._reset_state(True)
+    """accelerate keeps device and precision for a process; precision=auto is bf16 where that is faster, and tests name
+    others."""
+    AcceleratorState._reset_state(True)
     yield
-    if on_device:
+    if request.node.get_closest_marker("gpu"):
         AcceleratorState._reset_state(True)
 
 

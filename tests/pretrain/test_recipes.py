@@ -58,6 +58,7 @@ def shrunk(name: str, bert: Path, tmp_path: Path) -> list[str]:
     size = 32 if args is TRANSFORMER else 64
     local = f"views.local_count={min(whole.views.local_count, 2)}"
     tree = [f"steps={STEPS}", "threads=1", "data.workers=0", "batch={size: 8, micro: 0}", "probe.every=0", local]
+    tree += ["precision=no"]  # accelerate keeps what a process began with
     tree += [f"views.global_size={size}", f"views.local_size={size // 2}", "log.every=1", f"backbone.args={args}"]
     for objective, options in whole.objectives.items():
         fields = {field.name for field in dataclasses.fields(options)}
