@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,3 +18,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _memory_is_given_back() -> Iterator[None]:
+    """Training in this process leaves its allocator as it is: tests of memory come after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pretrain.start.keep_freed_memory", lambda: None)
+        yield

@@ -33,6 +33,11 @@ def interval(row: Mapping[str, float], sign: str = "") -> str:
     return f"{{value:{sign}.3f}} [{{low:{sign}.3f}}, {{high:{sign}.3f}}]".format(**row)
 
 
+def turned(row: Mapping[str, float]) -> dict[str, float]:
+    """Of a - b: b - a."""
+    return {"value": -row["value"], "low": -row["high"], "high": -row["low"]}
+
+
 def ham_row(name: str, columns: Sequence[tuple[str, str]]) -> str:
     """`| name | figure | ... |`, name as a page writes it, columns as (protocol, share of the labels)."""
     document, called = read("ham-cpu"), {word: arm for arm, words in HAM.items() for word in words}
@@ -55,6 +60,5 @@ def budget_row(name: str, columns: Sequence[str]) -> str:
     if (one, other) in gaps:
         cells = [interval(gaps[one, other][column], "+") for column in columns]
     else:
-        turned = (gaps[other, one][column] for column in columns)
-        cells = [interval({"value": -t["value"], "low": -t["high"], "high": -t["low"]}, "+") for t in turned]
+        cells = [interval(turned(gaps[other, one][column]), "+") for column in columns]
     return f"| {name} | {' | '.join(cells)} |"

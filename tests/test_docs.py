@@ -224,8 +224,8 @@ def test_figures_were_measured() -> None:
     def collect(part: object) -> None:
         if isinstance(part, dict):
             if part.keys() >= {"value", "low", "high"} and isinstance(part["value"], float):
-                for sign in ("", "+"):
-                    known.add(f"{{value:{sign}.3f}} [{{low:{sign}.3f}}, {{high:{sign}.3f}}]".format(**part))
+                known.update(figures.interval(part, sign) for sign in ("", "+"))
+                known.add(figures.interval(figures.turned(part), "+"))
             part = list(part.values())
         if isinstance(part, list):
             for one in part:
