@@ -18,6 +18,12 @@ def warmup_cosine(peak: float, final: float, warmup: float, progress: float) -> 
     return cosine(peak, final, (progress - warmup) / max(1.0 - warmup, 1e-12))
 
 
-def ramp(share: float, progress: float) -> float:
-    """0 to 1, linearly over the first `share` of the run; 1 throughout for share 0."""
-    return 1.0 if share <= 0 else min(progress / share, 1.0)
+def ramp(share: float, progress: float, start: float = 0.0) -> float:
+    """0 to 1, linearly over `share` of the run from `start` on; 1 throughout for share 0."""
+    return 1.0 if share <= 0 else min(max((progress - start) / share, 0.0), 1.0)
+
+
+def first_step(share: float, steps: int) -> int:
+    """The first step of a run of `steps` whose progress, step / steps, has reached `share`."""
+    near = math.floor(share * steps)
+    return next(step for step in range(max(near - 1, 0), near + 3) if step / steps >= share)

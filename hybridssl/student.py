@@ -41,10 +41,13 @@ class Student(nn.Module):
     def forward(
         self, views: Views, targets: dict[str, Any], batch: Batch, progress: float, watch: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The unweighted losses of a micro-batch, `objective` or `objective/part`; to `watch`, signs of health too."""
-        tokens = self.look(views, batch.masks.flatten(0, 1), batch.unmasked, batch if batch.short else None)
+        """The unweighted losses of a micro-batch, `objective` or `objective/part`; to `watch`, signs of health too.
+        Of objectives that have started."""
+        started = self.started(progress)
+        shortened = batch if batch.short else None
+        tokens = self.look(views, batch.masks.flatten(0, 1), batch.unmasked, shortened, list(started.values()))
         losses, health = {}, {}
-        for name, objective in self.each().items():
+        for name, objective in started.items():
             for part, loss in objective(tokens, targets[name], batch, progress).items():
                 losses[name if part in ("", name) else f"{name}/{part}"] = loss
             if watch:
@@ -54,29 +57,51 @@ class Student(nn.Module):
             seen = (tokens.global_, tokens.clean, tokens.visible)
             rows = (t.cls for t in seen if t is not None and len(t.cls))
             health["health/rankme"] = rankme(next(rows, tokens.global_.cls).detach().float())
+        if waiting := self.waiting(progress):  # they must hang on the graph, or DDP waits for their gradients
+            first = next(iter(losses))
+            losses[first] = losses[first] + 0 * sum(p.sum() for p in waiting if p.requires_grad)
         return losses, health
 
+    def started(self, progress: float) -> dict[str, Objective]:
+        """The objectives that take part at this point of the run."""
+        return {name: objective for name, objective in self.each().items() if objective.started(progress)}
+
+    def waiting(self, progress: float) -> list[nn.Parameter]:
+        """What no loss reaches until its objective has started: heads, and the mask token where nothing hides yet."""
+        started = self.started(progress)
+        resting = [p for name, objective in self.each().items() if name not in started for p in objective.parameters()]
+        hiding = any(objective.masked for objective in started.values())
+        token = self.backbone.mask_token
+        return resting if token is None or hiding or not self.masked else [*resting, token]
+
     def look(
-        self, views: Views, masks: Tensor | None = None, unmasked: int | None = None, shortened: Batch | None = None
+        self,
+        views: Views,
+        masks: Tensor | None = None,
+        unmasked: int | None = None,
+        shortened: Batch | None = None,
+        objectives: Sequence[Objective] | None = None,
     ) -> ViewTokens:
-        """Tokens of the views that the objectives use. masks: bool [2B, P], patches of the global views to hide;
-        unmasked: see `Batch.unmasked`; shortened: the batch, where some of its global views leave patches out.
+        """Tokens of the views that `objectives` use (None: all). masks: bool [2B, P], patches of the global views to
+        hide; unmasked: see `Batch.unmasked`; shortened: the batch, where some of its global views leave patches out.
 
         Global and clean views have one size and lie together; views that nobody uses cost nothing and have 0 rows.
         """
-        hiding = masks if self.masked else None  # nobody asks for hidden patches: nothing is hidden
+        asking = list(self.each().values()) if objectives is None else objectives
+        needed = frozenset[str]().union(*(objective.views for objective in asking))
+        hiding = masks if any(objective.masked for objective in asking) else None  # or nothing is hidden
         crops: dict[str, Crops] = {}
-        if "visible" in self.views and masks is not None:
+        if "visible" in needed and masks is not None:
             crops["visible"] = Crops(views.global_, masks, left_out=True, unmasked=unmasked)
         whole = {"global": views.global_, "clean": views.clean}
-        shown = {name: images for name, images in whole.items() if name in self.views and images is not None}
+        shown = {name: images for name, images in whole.items() if name in needed and images is not None}
         if shown:
             crops["whole"] = Crops(torch.cat(list(shown.values())), _hidden(shown, hiding))
             if shortened is not None and "global" in shown:
                 crops |= short.parted(crops.pop("whole"), shortened)
         elif not crops:  # tokens that hang on the graph nevertheless, or DDP waits for the backbone's gradients
             crops["nothing"] = Crops(views.global_[:1])
-        if "local" in self.views and views.local is not None:
+        if "local" in needed and views.local is not None:
             crops["local"] = Crops(views.local)
         seen = dict(zip(crops, self.backbone.see(list(crops.values())), strict=True))
         tokens = seen["whole"] if "whole" in seen else next(iter(seen.values()))[:0]
@@ -115,16 +140,17 @@ def make_teacher(student: Student) -> Student:
 def targets(
     teacher: Student, views: Sequence[Views], batches: Sequence[Batch], progress: float
 ) -> list[dict[str, Any]]:
-    """What the teacher asks of the student, per micro-batch and objective.
+    """What the teacher asks of the student, per micro-batch and objective that has started.
 
     All micro-batches of a step go in together, because assignment (Sinkhorn) and normalising counts cover the
     effective batch. The teacher sees the global views alone, whole.
     """
-    needed = any(o.taught for o in teacher.each().values())
+    started = teacher.started(progress)
+    needed = any(objective.taught for objective in started.values())
     seen = [teacher.backbone(v.global_) if needed else _no_tokens(v, teacher.backbone) for v in views]
     tokens = [ViewTokens(t, views=v) for t, v in zip(seen, views, strict=True)]
     with sharding.gathered(teacher.each().values()):  # all at once: one may use another's head
-        by_name = {name: o.targets(tokens, list(batches), progress) for name, o in teacher.each().items()}
+        by_name = {name: o.targets(tokens, list(batches), progress) for name, o in started.items()}
     return [{name: values[i] for name, values in by_name.items()} for i in range(len(batches))]
 
 

@@ -20,6 +20,7 @@ from pretrain.assemble import build_student
 from pretrain.recipe import Recipe
 from shards.index import Index
 
+END = 1.0  # of the run: all objectives have started, which takes the most
 SPARE = 0.92  # of the memory that is free: what fragments, communication and log points need beside a step
 
 
@@ -99,9 +100,9 @@ def try_step(recipe: Recipe, index: Index, device: torch.device, share: int, mic
     batches = [batch.to(device) for _ in range(share // micro)]  # copies: a step holds them all
     views = [render(batch, recipe.views) for batch in batches]
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        targets = student.targets(teacher, views, batches, 0.5)
+        targets = student.targets(teacher, views, batches, END)
         for batch, view, target in zip(batches, views, targets, strict=True):
-            losses, _ = learner(view, target, batch, 0.5)
+            losses, _ = learner(view, target, batch, END)
             torch.stack(list(losses.values())).sum().backward()
     optimizer.step()  # whose moments come into being here
     student.update_teacher(teacher, learner, 1.0)

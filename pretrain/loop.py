@@ -214,13 +214,15 @@ def weighted(losses: Mapping[str, Tensor], recipe: Recipe, progress: float) -> T
     total = torch.zeros((), device=next(iter(losses.values())).device)
     for name, loss in losses.items():
         options = recipe.objectives[name.split("/")[0]]
-        total = total + options.weight * ramp(options.ramp, progress) * loss
+        total = total + options.weight * ramp(options.ramp, progress, options.start) * loss
     return total
 
 
 def resting(learner: Student, recipe: Recipe, progress: float) -> list[torch.nn.Parameter]:
-    """Parameters that do not move yet: last layers, text prototypes, and the backbone while heads warm up."""
-    frozen = [p for objective in learner.each().values() for p in objective.frozen(progress)]
+    """Parameters that do not move yet: last layers, text prototypes, what waits for its objective to start, and the
+    backbone while heads warm up."""
+    started = learner.started(progress).values()
+    frozen = [*learner.waiting(progress), *(p for objective in started for p in objective.frozen(progress))]
     if progress < recipe.optim.heads_first:
         frozen += learner.backbone.parameters()
     return frozen

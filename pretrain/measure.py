@@ -55,8 +55,8 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
     def one_pass() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             view = render(batch, recipe.views)
-            (target,) = student.targets(teacher, [view], [batch], 0.5)
-            losses, _ = learner(view, target, batch, 0.5)
+            (target,) = student.targets(teacher, [view], [batch], fit.END)
+            losses, _ = learner(view, target, batch, fit.END)
         sum(losses.values()).backward()  # type: ignore[union-attr]  # weights would not change the time
         learner.zero_grad(set_to_none=True)
         if cuda:

@@ -20,6 +20,7 @@ from hybridssl import dist, sharding
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
 from hybridssl.recipe import to_dict, to_yaml
+from hybridssl.schedule import first_step
 from hybridssl.student import Student
 from hybridssl.text import beside, class_embeddings
 from hybridssl.types import Batch
@@ -85,6 +86,7 @@ class Record:
         )
         self.task = self.bar.add_task(recipe.name, total=recipe.steps, completed=step, news="")
         self.small = small_steps(recipe)
+        self.turns = {self.small, *(first_step(o.start, recipe.steps) for o in recipe.objectives.values())}
         work = meters.work(recipe, learner, index.channels)
         peak = meters.peak(accelerator.device, accelerator.mixed_precision)
         self.meter = meters.Meter(recipe.batch.size, work, peak, accelerator.num_processes)
@@ -134,9 +136,9 @@ class Record:
 
     def due(self, step: int) -> bool:
         """Is there a line to write? At checkpoints and probes too, so that a resumed run writes the same lines; and
-        where crops grow, so that no line is of both sizes."""
+        where crops grow or an objective starts, so that no line is of both sides of it."""
         often = (self.recipe.log.every, self.recipe.save.every, self.recipe.probe.every)
-        return step in (self.recipe.steps, self.small) or any(every and step % every == 0 for every in often)
+        return step in (self.recipe.steps, *self.turns) or any(every and step % every == 0 for every in often)
 
     def step(
         self,

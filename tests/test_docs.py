@@ -40,7 +40,8 @@ from tests import figures
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "log.md"}
 PACKAGES = ("shards", "hybridssl", "pretrain", "finetune")
-ADDED = {"objectives.byol.weight": 1, "objectives.byol.hidden": 1, "objectives.byol.ramp": 1}  # by add-a-loss.md
+ADDED = {f"objectives.byol.{key}": value for key, value in {"weight": 1, "hidden": 1, "start": 0, "ramp": 1}.items()}
+# by add-a-loss.md
 
 
 @pytest.fixture(scope="module")

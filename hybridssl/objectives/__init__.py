@@ -23,7 +23,12 @@ from hybridssl.types import Batch, Column, ViewTokens
 @dataclass(frozen=True)
 class ObjectiveOptions:
     weight: float = 1.0  # factor of this loss in the total; 0 leaves the objective out
-    ramp: float = 0.0  # share of the run over which the weight rises linearly from zero
+    start: float = 0.0  # share of the run at which it starts; until then there is no such loss, and no pass for it
+    ramp: float = 0.0  # share of the run over which the weight then rises linearly from zero
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < 1:
+            raise ValueError(f"start={self.start} must be a share of the run, from 0 to below 1")
 
     @property
     def table_columns(self) -> dict[str, str]:
@@ -58,7 +63,7 @@ class Objective(nn.Module):
     To write one, make a file NAME.py in this folder with
 
         @dataclass(frozen=True)
-        class Options(ObjectiveOptions): ...      # its own keys; `weight` and `ramp` are there already
+        class Options(ObjectiveOptions): ...      # its own keys; `weight`, `start`, `ramp` are there already
 
         class Name(Objective): ...                # `forward`, and what else it needs of the methods below
 
@@ -86,6 +91,11 @@ class Objective(nn.Module):
     def __init__(self, options: Any, context: Context) -> None:
         super().__init__()
         self.options = options
+
+    def started(self, progress: float) -> bool:
+        """Whether it takes part at this point of the run. Until then the loop calls neither `targets` nor `forward`,
+        and its parameters rest as they were built: the step at which it starts is the first of its head."""
+        return progress >= self.options.start
 
     def meet(self, others: Mapping[str, Objective]) -> None:
         """Called once by `build`, with all objectives by name: what shares a part with another one takes it here."""
@@ -126,8 +136,12 @@ def objective_types() -> dict[str, type[Objective]]:
 
 
 def build(options: Mapping[str, ObjectiveOptions], context: Context) -> nn.ModuleDict:
-    """The objectives whose weight is not zero, by name. Raises UserError for a name that has no file here."""
+    """The objectives whose weight is not zero, by name. Raises UserError for a name that has no file here, and where
+    none of them starts with the run."""
     made = {name: _type(name)(o, context) for name, o in options.items() if o.weight != 0}
+    if made and not any(objective.started(0.0) for objective in made.values()):
+        keys = ", ".join(f"objectives.{name}.start={objective.options.start}" for name, objective in made.items())
+        raise UserError(f"nothing would be learnt at first ({keys}): let one of them start at 0")
     for objective in made.values():
         objective.meet(made)
     return nn.ModuleDict(made)

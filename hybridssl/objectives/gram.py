@@ -10,26 +10,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridssl.errors import UserError
 from hybridssl.heads import fp32
 from hybridssl.objectives import Context, ObjectiveOptions
 from hybridssl.objectives._reference import Reference, global_views
+from hybridssl.schedule import first_step
 from hybridssl.types import Batch, ViewTokens
 
 
 @dataclass(frozen=True)
 class Options(ObjectiveOptions):
     weight: float = 2.0
-    start: float = 0.0  # share of the run at which the first reference is taken; before it this loss is zero
     refresh: float = 0.0  # share of the run after which a newer teacher takes its place, again and again; 0: never
     double: bool = False  # the reference sees the crops at twice the size, and its patch map is brought down again
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.refresh < 1:
+            raise ValueError(f"refresh={self.refresh} must be a share of the run, from 0 to below 1")
 
 
 class Gram(Reference):
     """Mean squared difference of the student's and an earlier teacher's cosines between all pairs of patches of a view.
 
     Long training lets patch features decay while CLS still improves. Only similarities are held: features may turn
-    together, unlike in `anchor`. With start=0 the first reference is the backbone that the run began with.
+    together, unlike in `anchor`. The first reference is the teacher at `start`; with start=0 that is the backbone that
+    the run began with.
 
     A doubled crop is enlarged from the crop that the student sees: finer patches and smoother maps, at four times the
     cost of that pass, but no detail beyond the crop's own pixels (DINOv3 cuts it from the image again).
@@ -37,20 +42,16 @@ class Gram(Reference):
 
     options: Options
     whole = True
-    expects = "Zero until it starts, then small and slowly rising until the next refresh brings it down."
+    expects = "Small and slowly rising until the next refresh brings it down."
 
     def __init__(self, options: Options, context: Context) -> None:
         super().__init__(options, context)
-        if not 0 <= options.start < 1 or not 0 <= options.refresh < 1:
-            raise UserError("objectives.gram: start and refresh are shares of the run, from 0 to below 1")
-        self.steps, self.first = context.steps, round(options.start * context.steps)
+        self.steps, self.first = context.steps, first_step(options.start, context.steps)
         self.every = max(1, round(options.refresh * context.steps)) if options.refresh else context.steps
 
-    def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Tensor | None]:
-        """Unit patches [2B, P, D] of the reference for each micro-batch; None before the start."""
+    def targets(self, teacher: Sequence[ViewTokens], batches: Sequence[Batch], progress: float) -> list[Tensor]:
+        """Unit patches [2B, P, D] of the reference for each micro-batch."""
         now = round(progress * self.steps)
-        if now < self.first:
-            return [None] * len(batches)
         if (now - self.first) % self.every == 0:  # the teacher of this step, so a resumed run takes the same one
             self.refresh()
         return [self._patches(global_views(tokens)) for tokens in teacher]
@@ -64,11 +65,8 @@ class Gram(Reference):
         small = F.interpolate(patches.unflatten(2, (side, side)), scale_factor=0.5, mode="bicubic")
         return F.normalize(small.flatten(2).mT, dim=-1)
 
-    def forward(self, student: ViewTokens, target: Tensor | None, batch: Batch, progress: float) -> dict[str, Tensor]:
-        patches = fp32(student.global_.patches)
-        if target is None:
-            return {"gram": patches.sum() * 0}
-        ours = F.normalize(patches, dim=-1)
+    def forward(self, student: ViewTokens, target: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
+        ours = F.normalize(fp32(student.global_.patches), dim=-1)
         return {"gram": F.mse_loss(_gram(ours), _gram(target))}
 
 

@@ -30,7 +30,7 @@ class Options(ObjectiveOptions):
     smoothing: float = 0.0  # label smoothing, over the classes that the image's source can name
     dropout: float = 0.0  # on the features, before the head
     head_first: float = 0.0  # share of the run until which only the head learns, and the backbone does not: it then
-    # meets a head that knows the classes, and labels too few for the whole run (LP-FT, arXiv 2202.10054)
+    # meets a head that knows the classes (LP-FT, arXiv 2202.10054)
     unfreeze_at: float = 0.1  # share of the run after which text prototypes move; 1: never
     ontology: str = ""  # CSV (name,parents): for classes that are kinds of others, or sources of unlike detail
     adjust: bool = False  # one_of: logits + log prior of the class in its source (logit adjustment, arXiv 2007.07314),
@@ -38,6 +38,7 @@ class Options(ObjectiveOptions):
     pseudo_above: float = 1.0  # probability from which the teacher's answer labels an unlabelled image; 1: never
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.5 < self.pseudo_above <= 1:
             raise UserError(
                 f"objectives.labels.pseudo_above={self.pseudo_above}: use a probability above .5, such as .95; 1: none"

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridssl.backbone import BackboneOptions, build
-from hybridssl.errors import UserError
 from hybridssl.objectives import Context, options_types
 from hybridssl.objectives import build as build_objectives
 from hybridssl.student import Student, make_teacher, targets, update_teacher
@@ -135,13 +134,11 @@ def test_gram_lets_features_turn_together_where_anchor_does_not() -> None:
 
 
 def test_gram_starts_and_refreshes_on_its_schedule() -> None:
-    learner, teacher = pair(gram={"start": 0.3, "refresh": 0.2})  # of ten steps: 3, 5, 7, 9
+    learner, teacher = pair(anchor={}, gram={"start": 0.3, "refresh": 0.2})  # of ten steps: 3, 5, 7, 9
     taken = []
     teacher.objectives["gram"].refresh = lambda: taken.append(step)  # type: ignore[method-assign]
     for step in range(STEPS):
-        loss = losses(learner, teacher, views(), step)["gram"]
-        assert loss.requires_grad
-        assert step >= 3 or loss.item() == 0
+        assert ("gram" in losses(learner, teacher, views(), step)) == (step >= 3)
     assert taken == [3, 5, 7, 9]
     once, never_again = pair(gram={}), []
     once[1].objectives["gram"].refresh = lambda: never_again.append(step)  # type: ignore[method-assign]
@@ -207,5 +204,5 @@ def test_half_precision_comes_close_and_losses_stay_float32(options: dict) -> No
 
 
 def test_shares_beyond_the_run_are_named() -> None:
-    with pytest.raises(UserError, match="start and refresh are shares"):
-        pair(gram={"start": 1.5})
+    with pytest.raises(ValueError, match=r"refresh=1\.5 must be a share"):
+        pair(gram={"refresh": 1.5})

@@ -7,7 +7,7 @@ from torch import nn
 from hybridssl import optim
 from hybridssl.backbone import BackboneOptions, build
 from hybridssl.optim import OptimOptions
-from hybridssl.schedule import cosine, ramp, warmup_cosine
+from hybridssl.schedule import cosine, first_step, ramp, warmup_cosine
 
 TINY = BackboneOptions(name="vit_tiny_patch16_224", args={"embed_dim": 32, "depth": 3, "num_heads": 2}, registers=2)
 
@@ -18,6 +18,13 @@ def test_ends_and_middles() -> None:
     assert warmup_cosine(1.0, 0.0, 0.0, 0.0) == 1.0
     assert [ramp(0.5, p) for p in (0, 0.25, 0.5, 1)] == [0.0, 0.5, 1.0, 1.0]
     assert ramp(0.0, 0.0) == 1.0
+    assert [ramp(0.2, p, start=0.5) for p in (0.4, 0.5, 0.6, 0.7, 1)] == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1 / 3, 0.7, 0.75, 0.999])
+def test_the_first_step_of_a_share_is_the_one_at_which_progress_reaches_it(share: float) -> None:
+    for steps in (1, 3, 10, 650, 6_500, 99_999):
+        assert first_step(share, steps) == next(step for step in range(steps + 1) if step / steps >= share)
 
 
 def groups_by_name(options: OptimOptions) -> tuple[dict[str, dict], nn.Module, torch.optim.Optimizer]:

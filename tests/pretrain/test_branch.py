@@ -68,6 +68,33 @@ def test_labels_join_with_a_head_of_their_own(
     assert moments["objectives.labels.weight|step"] == 2
 
 
+@pytest.mark.parametrize("late", ["labels", "ibot"])
+def test_what_starts_late_is_a_branch_that_begins_there(late: str, tiny: list[str], tmp_path: Path) -> None:
+    """To the bit: until then there is no such loss, no pass for it, and its head rests."""
+    without = f"objectives.{late}=null"
+    whole = [*tiny, *(SSL if late == "ibot" else LABELS)]  # heads are drawn in turn: what is late here is the last
+    assert main([*whole, without, f"out={tmp_path / 'trunk'}"]) == 0
+    assert main([*whole, f"branch={tmp_path / 'trunk/checkpoints/step-2'}", f"out={tmp_path / 'branch'}"]) == 0
+    assert main([*whole, f"objectives.{late}.start=0.5", f"out={tmp_path / 'whole'}"]) == 0
+    ours, theirs = load_file(tmp_path / "whole" / LAST), load_file(tmp_path / "branch" / LAST)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    mine, trunk, branch = (losses(tmp_path / name) for name in ("whole", "trunk", "branch"))
+    assert mine == [*trunk[:2], *branch]
+    assert f"loss/{late}" not in mine[1]
+    assert mine[2][f"loss/{late}"] > 0
+
+
+def test_a_run_whose_objectives_all_wait_is_refused(tiny: list[str], tmp_path: Path, capsys) -> None:
+    late = "objectives={dino: {start: 0.5}, ibot: null, spread: null, labels: {start: 0.2}}"
+    assert main([*tiny, late, f"out={tmp_path / 'b'}"]) == 2
+    assert "nothing would be learnt at first (objectives.dino.start=0.5, objectives.labels.start=0.2)" in (
+        capsys.readouterr().err
+    )
+    assert main([*tiny, "objectives.dino.start=1", f"out={tmp_path / 'b'}"]) == 2
+    assert "objectives.dino: start=1.0 must be a share of the run" in capsys.readouterr().err
+
+
 def test_a_branch_goes_on_where_it_was(middle: str, tiny: list[str], index: Path, tmp_path: Path, monkeypatch) -> None:
     """Also when the run that it came from is there no more."""
     arguments = [*tiny, *LABELS, middle, "save.every=1"]

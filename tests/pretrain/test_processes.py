@@ -31,6 +31,7 @@ RECIPES = {
     "demo": [],
     "continued": CONTINUED,  # the only one with weights to begin with
     "curriculum": ["views.curriculum=0.5", "views.left_out=0.5"],
+    "late": ["objectives.ibot.start=0.5", "objectives.labels.start=0.5"],  # no rank waits for a gradient of theirs
     "mae": [*WITHOUT, *MASKED, "objectives.pixels={style: mae, width: 32, depth: 1}"],  # and labels of few views
     "guided": [*WITHOUT, "objectives.guide.columns={age: keep, source: remove, localization: keep prototypes}"],
 }

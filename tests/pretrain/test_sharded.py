@@ -87,6 +87,7 @@ HOW = {
     "anchored": ["objectives.gram={refresh: 0.5}", "objectives.anchor.weight=1", "efficiency.packed=false"],
     "recomputed": ["efficiency.checkpoint=true", "backbone.drop_path=0.3"],
     "lora": ["backbone.lora=2", "optim.layer_decay=0.7", "objectives.anchor.weight=1"],  # and weights to begin with
+    "late": ["objectives.ibot.start=0.5", "objectives.labels.start=0.5"],
     "resting": ["optim.heads_first=0.5"],
     "convolutional": DENSENET,
     # Its features are all alike at first, and KoLeo takes the logarithm of the rounding between them.
