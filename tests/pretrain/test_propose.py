@@ -50,6 +50,8 @@ CASES: dict[str, tuple[Data, Machine, dict[str, Any]]] = {
             "steps": 6_600,
             "objectives.dino.prototypes": 512,
             "objectives.labels.kind": "one_of",
+            "objectives.labels.head_first": 0.75,
+            "objectives.labels.adjust": True,
             "optim.lr": 3e-3,
             "data.workers": 1,
         },
@@ -87,7 +89,12 @@ CASES: dict[str, tuple[Data, Machine, dict[str, Any]]] = {
     "several labels": (
         Data(30_000, per_class=CLASSES, several=0.4),
         H100,
-        {"objectives.labels.kind": "multi", "stream.labelled_fraction": 0.15},
+        {"objectives.labels.kind": "multi", "objectives.labels.start": 0.7, "objectives.labels.adjust": False},
+    ),
+    "most are labelled": (
+        Data(30_000, per_class={"mel": 10_000, "nv": 9_000}),
+        H100,
+        {"objectives.labels.kind": "one_of", "stream.labelled_fraction": 0.25},
     ),
     "one source": (
         Data(30_000, per_class=CLASSES, sources={"here": 30_000}),
@@ -163,7 +170,9 @@ def test_proposal(name: str) -> None:
     assert recipe.batch.micro <= max(plan.draft.fits, 1)
     assert plan.draft.hours() < 72
     labelled = bool(data.per_class)
-    assert ("labels" in recipe.objectives) == labelled == (recipe.stream.labelled_fraction > 0)
+    assert ("labels" in recipe.objectives) == labelled
+    late = labelled and recipe.objectives["labels"].start > 0
+    assert (recipe.stream.labelled_fraction > 0) == (labelled and not late)
     assert {"dino", "ibot", "spread"} <= recipe.objectives.keys()
 
 

@@ -21,7 +21,7 @@ def test_the_measured_recipe_is_what_the_rules_give_for_its_data() -> None:
     assert rules.local_size(size, 16) == ham["views"]["local_size"]
     assert rules.local_count(images, cpu=True) == ham["views"]["local_count"]
     assert list(map(list, rules.scales(images, size))) == [ham["views"][k] for k in ("global_scale", "local_scale")]
-    assert rules.labelled_fraction(706, images) == ham["stream"]["labelled_fraction"]
+    assert rules.label_start(706, images, continuing=False) == ham["objectives"]["labels"]["start"]
     assert rules.learning_rate(64, continuing=False, small=True) == ham["optim"]["lr"]
     assert rules.presentations(images, 64, continuing=False, cpu=True) == pytest.approx(420_000, rel=0.01)
 
@@ -102,6 +102,11 @@ def test_prototypes_by_images() -> None:
 )
 def test_labelled_images_come_at_most_four_times_as_often(labelled: int, share: float) -> None:
     assert rules.labelled_fraction(labelled, 1_000) == share
+
+
+def test_few_labels_join_late_and_released_weights_have_them_from_the_start() -> None:
+    assert [rules.label_start(count, 1_000, continuing=False) for count in (1, 250, 251, 1_000)] == [0.7, 0.7, 0, 0]
+    assert rules.label_start(1, 1_000, continuing=True) == 0
 
 
 def test_kind_of_labels() -> None:
