@@ -50,15 +50,19 @@ def ham_row(name: str, columns: Sequence[tuple[str, str]]) -> str:
 
 
 def budget_row(name: str, columns: Sequence[str]) -> str:
-    """Likewise of the budget's table; a difference may stand there the other way round."""
-    document = read("budget-cpu")
-    if name in BUDGET:
-        cells = [interval(document["arms"][BUDGET[name]][column]) for column in columns]
-        return f"| {name} | {' | '.join(cells)} |"
-    one, other = (BUDGET[part] for part in name.split(" - "))
-    gaps = {(gap["a"], gap["b"]): gap for gap in document["differences"]}
-    if (one, other) in gaps:
-        cells = [interval(gaps[one, other][column], "+") for column in columns]
-    else:
-        cells = [interval(turned(gaps[other, one][column]), "+") for column in columns]
-    return f"| {name} | {' | '.join(cells)} |"
+    """Likewise of the budget's table."""
+    one, _, other = name.partition(" - ")
+    cells = budget_gap(one, other) if other else {k: interval(v) for k, v in budget()["arms"][BUDGET[one]].items()}
+    return f"| {name} | {' | '.join(cells[column] for column in columns)} |"
+
+
+def budget_gap(one: str, other: str) -> dict[str, str]:
+    """One arm minus another by figure, arms as pages call them; in the results it may stand the other way round."""
+    gaps = {(gap["a"], gap["b"]): gap for gap in budget()["differences"]}
+    a, b = BUDGET[one], BUDGET[other]
+    gap = gaps.get((a, b)) or {k: turned(v) for k, v in gaps[b, a].items() if isinstance(v, dict)}
+    return {name: interval(row, "+") for name, row in gap.items() if isinstance(row, dict)}
+
+
+def budget() -> dict[str, Any]:
+    return read("budget-cpu")

@@ -245,24 +245,25 @@ def test_figures_stand_in_their_own_cells() -> None:
     for line in page.splitlines():
         if line.startswith("|") and re.search(r"\d\.\d{3} \[", line):
             written.append(line)
-            assert line == figures.ham_row(line.split(" | ")[0][2:], [("knn", "1"), ("logistic", "1")])
+            columns = ["ham linear 10 %", "ham linear", "ham knn", "composite"]
+            assert line == figures.budget_row(line.split(" | ")[0][2:], columns)
     assert len(written) == 8
     gap = {name: figures.interval(row, "+") for name, row in figures.read("ham-cpu")["differences"].items()}
     text, shift = " ".join(page.split()), figures.read("pad")["shift"]["logistic"]
-    assert f"the lead over self-supervision: {gap['hybrid - ssl, linear, labels 1']}.)" in text
-    assert f"the hybrid leads the histogram, {gap['hybrid - histogram, logistic, labels 0.1']}, and" in text
-    assert f"over five draws of that tenth: {gap['ssl - histogram, logistic, labels 0.1x5']}." in text
-    assert f"it leads self-supervision there, {gap['hybrid - ssl, knn, labels 0.1']}, and is" in text
-    assert f"level with the labels alone, {gap['hybrid - labels, knn, labels 0.1']}; by" in text
-    both = (gap[f"hybrid - {half}, logistic, labels 0.1"] for half in ("ssl", "labels"))
-    assert f"by logistic regression {' and '.join(both)}." in text
-    late = [
-        figures.budget_row(f"late, text prototypes - {h}", ["ham linear 10 %"]) for h in ("no labels", "labels alone")
-    ]
-    ssl, labels = (row.split(" | ")[1].removesuffix(" |") for row in late)
-    arms = figures.read("budget-cpu")["arms"]
-    own = figures.interval(arms["hybrid-late-text"]["ham linear 10 %"])
-    assert f"on that tenth: {own}, over self-supervision {ssl}, over the labels alone {labels}." in text
+    assert f"over five draws of that tenth, {gap['ssl - histogram, logistic, labels 0.1x5']}, and" in text
+    assert f"where all labels vote, {gap['ssl - histogram, knn, labels 1']}." in text
+
+    def seeds(arm: str, figure: str) -> str:
+        return " and ".join(f"{row[figure]:.3f}" for row in figures.budget()["by_seed"][arm].values())
+
+    tenth, unseen = "ham linear 10 %", "pad linear"
+    assert f"that pretraining saw: {seeds('hybrid-late-text', tenth)}; self-supervision {seeds('ssl', tenth)};" in text
+    assert f"the labels alone {seeds('labels', tenth)}." in text
+    assert (
+        f"is at {seeds('hybrid-late-text', unseen)} with late labels and at {seeds('ssl', unseen)} without any." in text
+    )
+    words = figures.budget_gap("late, text prototypes", "late, random prototypes")[tenth]
+    assert f"one seed, {words} on the tenth." in text
     home, away = (
         {arm: figures.interval(shift[arm]["metrics"][which]) for arm in ("ham-hybrid", "ham-ssl", "histogram")}
         for which in ("in_domain", "out_of_domain")
