@@ -81,7 +81,8 @@ ARMS = {
     "pixels-for-ibot": "objectives.ibot=null objectives.pixels.weight=1",
     "kde-for-koleo": "objectives.spread.estimator=kde objectives.spread.group=64",
 }
-# What starts at JOIN is to the bit a branch of the arm `ssl` there, which costs only the rest.
+# Branches of the arm `ssl` at JOIN: each costs only the rest. Where images are drawn alike they are, to the bit
+# on a CPU, whole runs of these keys; `hybrid-late-balanced` draws others from JOIN on.
 LATE = tuple(arm for arm in ARMS if arm.startswith("hybrid-late"))
 MAIN = ("random", "labels", "ssl", "hybrid-late-text")
 
@@ -141,6 +142,7 @@ def train(work: Path, size: str, arm: str, seed: int = 0, labels: float = 0.1, t
     more = [f"seed={seed}", f"save.keep_every={JOIN[size]}"]
     if arm in LATE:
         trunk = train(work, size, "ssl", seed, labels, threads)
+        # labels start where the branch does
         more += [f"branch={trunk / 'checkpoints' / f'step-{JOIN[size]}'}", "objectives.labels.start=0"]
     sets.pretrain(out, data, full, [*overrides(work, size, arm), *more], threads)
     return out
