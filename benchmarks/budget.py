@@ -74,6 +74,7 @@ ARMS = {
     "hybrid-late": RANDOM,
     "hybrid-late-balanced": f"{BALANCED} {RANDOM}",
     "hybrid-late-text": "",  # the recipe as it stands
+    "hybrid-late-text-warm": "objectives.labels.unfreeze_at=0.7",  # prototypes learn before the backbone
     "hybrid-late-text-frozen": FROZEN,
     "hybrid-late-no-domain": "objectives.guide.columns.domain=remove objectives.guide.start=0.7",
     "dermino": f"{EARLY} {FROZEN} objectives.labels.head=linear objectives.labels.kind=multi"
