@@ -15,21 +15,22 @@ import numpy as np
 import torch
 
 from finetune.metrics import balanced_accuracy
-from finetune.resample import RESAMPLES, Draws, resample
+from finetune.resample import RESAMPLES, Draws, Statistic, mean, mean_of_drawn, resample
 from finetune.results import Result
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def drawn(result: Result, count: int = RESAMPLES) -> Draws:
-    """Balanced accuracy of a result, the mean of its seeds, with `count` resamples of the test groups."""
+    """Balanced accuracy of a result, the mean of its seeds, with `count` resamples of the test groups, and of the seeds
+    where these are draws of a part of the labels."""
     arrays = result.predictions()
-    y, scores = arrays["y"], arrays["scores"]
 
-    def accuracy(weight: np.ndarray) -> Any:
-        return np.mean([balanced_accuracy(y, one, weight) for one in scores], axis=0)
+    def accuracy(scores: np.ndarray) -> Statistic:
+        return lambda weight: balanced_accuracy(arrays["y"], scores, weight)
 
-    return resample({"": accuracy}, arrays["group"], count)[""]
+    draws = resample({str(s): accuracy(scores) for s, scores in enumerate(arrays["scores"])}, arrays["group"], count)
+    return (mean_of_drawn if result.drawn_labels else mean)(list(draws.values()))
 
 
 def machine() -> dict[str, Any]:

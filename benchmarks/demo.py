@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.common import machine, write_results
-from finetune.metrics import paired_bootstrap
+from benchmarks.common import drawn, machine, write_results
 from finetune.results import find
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,11 +18,9 @@ def main() -> None:
     results = {(r.path.parent.parent.name, r.protocol): r for r in find([ROOT / "results" / "demo"])}
     differences = {}
     for protocol in ("knn", "logistic"):
-        ours = results["ours", protocol].predictions()
         for other in ("random", "histogram"):
-            theirs = results[other, protocol].predictions()
-            gap = paired_bootstrap(ours["y"], ours["scores"][0], theirs["scores"][0], ours["group"])
-            differences[f"ours - {other}, {protocol}"] = vars(gap)
+            gap = drawn(results["ours", protocol]) - drawn(results[other, protocol])
+            differences[f"ours - {other}, {protocol}"] = vars(gap.interval)
     lines = [json.loads(line) for line in (ROOT / "runs" / "demo" / "metrics.jsonl").read_text().splitlines()]
     document = {
         "metrics": {" ".join(key): result.about["metrics"] for key, result in results.items()},

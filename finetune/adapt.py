@@ -132,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
         "tried": [{"seed": seed, "runs": found.tried} for found, seed in zip(fits, args.seeds, strict=True)],
         "model": {"folder": "model", "seed": args.seeds[best]},
     }
-    work.finish(protocol, scores, [found.choice for found in fits], plan.as_dict(), val, detail=detail)
+    grid = {**plan.as_dict(), "class_weight": probe.weighing(work.kind)}  # by the prior in training.loss_of
+    work.finish(protocol, scores, [found.choice for found in fits], grid, val, detail=detail)
     lora.merge(fits[best].classifier.model)
     adapted.save(folder, fits[best].classifier, work, work.split(args.seeds[best])[0], about)
     Terminal().print(f"the adapted backbone: {folder}", soft_wrap=True)

@@ -1,7 +1,8 @@
 """Do two ways of measuring agree? Bland-Altman limits, intraclass correlation, Lin's concordance, plain correlation.
 
-Two kinds of interval. `bland_altman` and `icc` give those of the papers, which take the cases as independent; `agree`
-resamples whole groups, as the rest of the evaluation does, and is what to report where patients have several images.
+Two kinds of interval. `bland_altman` and `icc` give those of the papers, which take the cases as independent;
+`statistics` are made to be resampled by whole groups, as the rest of the evaluation is, and are what to report where
+patients have several images.
 A correlation alone is no agreement: a method that reads twice the truth correlates perfectly with it.
 """
 
@@ -13,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from finetune.metrics import RESAMPLES, Interval
-from finetune.resample import resample
+from finetune.metrics import Interval
 
 Array = np.ndarray
 LIMIT = 1.96  # standard deviations of the differences that hold 95 % of them
@@ -168,18 +168,3 @@ def statistics(measured: Array, truth: Array) -> dict[str, Callable[[Array], Arr
         "pearson": lambda weight: pearson(measured, truth, weight),
         "spearman": lambda weight: spearman(measured, truth, weight),
     }
-
-
-def agree(
-    measured: Array, truth: Array, groups: Array, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, Interval]:
-    """All statistics of agreement of [N] pairs, with 95 % intervals over resampled groups [N].
-
-    Pairs of which either is NaN do not take part. All NaN when fewer than three are left.
-    """
-    there = np.isfinite(measured) & np.isfinite(truth)
-    measured, truth = np.asarray(measured, dtype=float)[there], np.asarray(truth, dtype=float)[there]
-    names = statistics(measured, truth)
-    if len(measured) < 3:
-        return {name: Interval(np.nan, np.nan, np.nan) for name in names}
-    return {name: draws.interval for name, draws in resample(names, groups[there], resamples, seed).items()}

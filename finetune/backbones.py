@@ -42,6 +42,8 @@ def load(spec: str, seed: int = 0, device: str = "cpu", size: int | None = None)
 
 def _load(name: str, fresh: bool, device: str, size: int | None) -> Encoder:
     if name == "histogram" and not fresh:
+        if size:
+            raise UserError(f"--size {size} changes nothing for the histogram, which has one size: leave --size out")
         return histogram(device)
     if name.startswith("hf:"):
         return foreign.from_transformers(name, fresh, device, size)

@@ -51,6 +51,12 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < args.alpha < 1 or not all(0 < at <= 1 for at in args.at):
         raise UserError("--alpha must lie between 0 and 1, and --at above 0 and at most 1")
     found = judged.find(args.results, val=True)
+    for one in found if args.by else []:
+        if one.kind.multi_label:
+            raise UserError(
+                f"{one.result.path}: --by tells the coverage of prediction sets, and with several labels an image "
+                "there are none: leave --by out"
+            )
     folders = judged.places(found, "calibrate", args.out, args.overwrite)
     positives = [_checked(one, args) for one in found]
     for one, folder, positive in zip(found, folders, positives, strict=True):
@@ -137,7 +143,7 @@ def _error_intervals(draws: dict[str, Draws]) -> dict[str, Interval]:
         for key, draw in ((name, before), (f"{name}_scaled", after), (f"{name}_change", after - before)):
             there = draw.reflected if name in INFLATED else draw.interval
             floor = -np.inf if key.endswith("_change") else 0.0
-            found[key] = Interval(there.value, max(floor, there.low), max(floor, there.high))
+            found[key] = Interval(there.value, *(float(np.maximum(floor, end)) for end in (there.low, there.high)))
     return found
 
 
@@ -202,7 +208,7 @@ def _notes(one: Judged, alpha: float) -> list[str]:
     said = []
     if one.result.about["selected"].get("grid", {}).get("class_weight") == "balanced":
         said.append(
-            "the probe was trained with all classes weighing the same, so its probabilities are for a clinic that sees "
+            "it was trained with all classes weighing the same, so its probabilities are for a clinic that sees "
             "all classes equally often; one temperature does not change that"
         )
     if one.kind.multi_label:

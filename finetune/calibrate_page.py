@@ -31,14 +31,11 @@ def page(about: dict[str, Any], found: Found, path: Path) -> Page:
     html = Page(f"{about['backbone']['name']}: what its probabilities are worth", f"{plain(judged)} on {data['index']}")
     begin(html, about, path)
     html.section("Calibration", "Before and after one temperature, set on val, which does not change the first choice.")
-    html.figures(
-        [
-            (
-                reliability_diagram(detail["reliability"], "Share that was right, by confidence"),
-                "Under the dashed line it is too sure of itself. A dot's area is its share of the test images.",
-            )
-        ]
-    )
+    heading, below, of = "Share that was right, by confidence", "too sure of itself", "test images"
+    if about["task"]["kind"] == "multi-label":
+        heading, below, of = "Share that had the label, by its probability", "too high", "test images and labels"
+    caption = f"Under the dashed line it is {below}. A dot's area is its share of the {of}."
+    html.figures([(reliability_diagram(detail["reliability"], heading), caption)])
     ways = ("", "_scaled", "_change")
     rows = [
         [said, *(cell(found[f"{name}{way}"], path, out, signed=way == "_change") for way in ways)]
@@ -74,9 +71,15 @@ def sentences(about: dict[str, Any], found: Found) -> list[str]:
     confidence, frequency = (sum(b[side] * b["count"] for b in bins) / total for side in ("confidence", "frequency"))
     change, temperatures = found["nll_change"], [c["temperature"] for c in about["selected"]["choices"]]
     effect = "lowered" if change.high < 0 else "raised" if change.low > 0 else "was not shown to change"
+    off, gap = confidence > frequency, f"by {abs(confidence - frequency):.2f}"
+    if about["task"]["kind"] == "multi-label":  # one event a label, and most labels are absent: no share of being right
+        first = f"As it is, it gives a label {confidence:.2f} on average, and {frequency:.2f} have it: "
+        first += f"{'too high' if off else 'too low'} {gap}."
+    else:
+        first = f"As it is, it says {confidence:.2f} on average and is right {frequency:.2f} of the time: "
+        first += f"{'too sure' if off else 'not sure enough'} {gap}."
     said = [
-        f"As it is, it says {confidence:.2f} on average and is right {frequency:.2f} of the time: "
-        f"{'too sure' if confidence > frequency else 'not sure enough'} by {abs(confidence - frequency):.2f}.",
+        first,
         f"A temperature of {', '.join(f'{t:.2f}' for t in temperatures)} {effect} the negative log likelihood: "
         f"{found['nll']} before, {found['nll_scaled']} after; calibration error {found['ece']}, then "
         f"{found['ece_scaled']}.",

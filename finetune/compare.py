@@ -7,7 +7,9 @@
 All results must be of one protocol on the same data, labels and test images. Each backbone is compared with the one
 --against (default: the first named), or each with each: the difference of a metric on the same resampled patients or
 lesions (paired bootstrap), its two-sided p-value, corrected for the number of comparisons (Holm 1979), and the verdict
-"better", "worse" or "not shown to be better". Writes OUT/compare-PROTOCOL/results.json and report.html.
+"better", "worse" or "not shown to be better". Where the results are of several draws of a part of the labels, the draws
+are resampled too. Fewer than six patients or lesions can show nothing. Name all that is to be compared in one call: it
+writes OUT/compare-PROTOCOL/results.json and report.html, and does not replace a comparison of other results.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from finetune import judged, results
+from finetune import judged, metrics, results
 from finetune.judged import Judged
 from finetune.metrics import Interval
 from finetune.pages import begin, cell, close, plain, title
-from finetune.resample import Draws, Statistic, enough, holm, resample
+from finetune.resample import Draws, Statistic, enough, holm, mean, mean_of_drawn, resample
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.page import Page
@@ -61,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs.add_argument("--all-pairs", action="store_true", help="compare each with each")
     add("--metric", metavar="NAME", help="which decides; default: the one that chose on val")
     add("--out", required=True, type=Path, metavar="DIR", help="where DIR/compare-PROTOCOL goes")
-    add("--overwrite", action="store_true", help="replace a comparison with another backbone")
+    add("--overwrite", action="store_true", help="replace a comparison of other results")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -74,13 +76,14 @@ def run(args: argparse.Namespace) -> None:
     if metric not in reference.kind.metrics:
         raise UserError(f"--metric {metric}: {reference.result.path} allows {', '.join(reference.kind.metrics)}")
     folder = args.out / f"compare-{reference.result.protocol}"
+    _check_room(folder, found, args.overwrite)
     results.check_room(folder, {**reference.result.about, "protocol": folder.name}, args.overwrite)
 
     named = labels(found)
     pairs = list(combinations(named, 2)) if args.all_pairs else [(name, next(iter(named))) for name in list(named)[1:]]
     values, compared = compare(named, pairs, metric)
-    metrics = {f"{metric}: {name}": m[metric] for name, m in values.items()}
-    metrics |= {f"{metric}: {c.a} minus {c.b}": c.difference for c in compared}
+    figures = {f"{metric}: {name}": m[metric] for name, m in values.items()}
+    figures |= {f"{metric}: {c.a} minus {c.b}": c.difference for c in compared}
     detail = {
         "metric": metric,
         "resamples": enough(len(pairs), RESAMPLES),
@@ -90,9 +93,22 @@ def run(args: argparse.Namespace) -> None:
         "said": sentences(compared, metric),
     }
     about = reference.about(folder.name, started, notes=_notes(found), detail=detail)
-    path = results.write(folder, about, metrics, number=reference.number, group=reference.group, y=reference.y)
+    path = results.write(folder, about, figures, number=reference.number, group=reference.group, y=reference.y)
     page(about, named, values, compared, path).write(folder / "report.html")
     _show(about, compared, path)
+
+
+def _check_room(folder: Path, found: list[Judged], overwrite: bool) -> None:
+    """UserError before any work when `folder` holds a comparison of other results: verdicts must not vanish unseen."""
+    path = folder / "results.json"
+    if overwrite or not path.exists():
+        return
+    there = (results.read(path).about.get("detail") or {}).get("results", {})
+    if {Path(name).resolve() for name in there.values()} != {one.result.path.resolve() for one in found}:
+        raise UserError(
+            f"{path} compares other results ({', '.join(there) or 'none that it names'}): name all of them in one "
+            "call, which corrects for their number; or choose another --out, or --overwrite"
+        )
 
 
 def _aligned(first: Judged, other: Judged) -> Judged:
@@ -137,18 +153,13 @@ def labels(found: list[Judged]) -> dict[str, Judged]:
 def compare(
     named: dict[str, Judged], pairs: list[tuple[str, str]], metric: str
 ) -> tuple[dict[str, dict[str, Interval]], list[Comparison]]:
-    """Every metric of each, and the comparisons of `pairs`: all on the same resampled groups, mean over seeds."""
+    """Every metric of each, and the comparisons of `pairs`: all on the same resampled groups, mean over seeds, which
+    are resampled too where they are draws of the labels."""
     first = next(iter(named.values()))
     rest = [name for name in first.kind.metrics if name != metric]
-
-    def statistic(one: Judged, name: str) -> Statistic:
-        function = first.kind.metrics[name]
-        return lambda weight: np.mean([function(one.y, scores, weight) for scores in one.scores], axis=0)
-
-    decides = {name: statistic(one, metric) for name, one in named.items()}
-    others = {f"{m}: {name}": statistic(one, m) for name, one in named.items() for m in rest}
-    draws = resample(decides, first.group, enough(len(pairs), RESAMPLES), doing=f"{metric} of {len(named)} results")
-    more = resample(others, first.group, doing="the other metrics") if rest else {}
+    draws = _draws(named, [metric], enough(len(pairs), RESAMPLES), f"{metric} of {len(named)} results")
+    more = _draws(named, rest, metrics.RESAMPLES, "the other metrics") if rest else {}
+    draws = {name: draws[f"{metric}: {name}"] for name in named}
     values = {name: {metric: draws[name].interval} | {m: more[f"{m}: {name}"].interval for m in rest} for name in named}
     differences = [draws[a] - draws[b] for a, b in pairs]
     compared = []
@@ -156,6 +167,27 @@ def compare(
         by_rest = {m: _minus(more, m, a, b).interval for m in rest}
         compared.append(Comparison(a, b, difference.interval, difference.p, adjusted, by_rest))
     return values, compared
+
+
+def _draws(named: dict[str, Judged], names: list[str], resamples: int, doing: str) -> dict[str, Draws]:
+    """(METRIC: NAME) -> its draws, all on the same resampled groups."""
+    first = next(iter(named.values()))
+    statistics: dict[str, Statistic] = {}
+    for m in names:
+        function = first.kind.metrics[m]
+        for name, one in named.items():
+            for s, scores in enumerate(one.scores):
+                statistics[f"{m}: {name} {s}"] = lambda w, f=function, y=one.y, scores=scores: f(y, scores, w)
+    draws = resample(statistics, first.group, resamples, doing=doing)
+    lists = list(dict.fromkeys(tuple(one.result.about["seeds"]) for one in named.values()))
+    found = {}
+    for name, one in named.items():
+        # Equal seeds drew the same labels: they are picked together, and the difference is paired in them as well.
+        seed = lists.index(tuple(one.result.about["seeds"]))
+        for m in names:
+            own = [draws[f"{m}: {name} {s}"] for s in range(len(one.scores))]
+            found[f"{m}: {name}"] = mean_of_drawn(own, seed) if one.result.drawn_labels else mean(own)
+    return found
 
 
 def _minus(draws: dict[str, Draws], metric: str, a: str, b: str) -> Draws:
@@ -176,9 +208,10 @@ def sentences(compared: list[Comparison], metric: str) -> list[str]:
     for c in compared:
         if c.verdict == NOT_SHOWN:
             room = max(abs(c.difference.low), abs(c.difference.high))
+            left = "one patient tells nothing of others" if np.isnan(room) else f"up to {room:.3f} is left open"
             said.append(
                 f"{c.a} is not shown to be better or worse than {c.b}: {by} differs by {c.difference.signed()}. "
-                f"That does not show them equal: up to {room:.3f} is left open."
+                f"That does not show them equal: {left}."
             )
         else:
             said.append(f"{c.a} is {c.verdict} than {c.b}: {by} differs by {c.difference.signed()}, p {c.p_holm:.2g}.")
@@ -190,6 +223,8 @@ def _notes(found: list[Judged]) -> list[str]:
     said = []
     if len({tuple(one.result.about["seeds"]) for one in found}) > 1:
         said.append("the results were made with different seeds: part of a difference may be the draw of labels")
+    if any(one.result.drawn_labels for one in found):
+        said.append("the seeds drew different labels: intervals and p-values resample these draws with the patients")
     if not any(one.result.about["backbone"]["baseline"] for one in found):
         said.append("no null baseline among them: add random:SPEC or histogram to see the floor")
     said += [

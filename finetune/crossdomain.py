@@ -31,7 +31,8 @@ from rich.progress import track
 
 from finetune import adapt, adapters, crossdomain_page, heads, options, task, ways, written
 from finetune.columns import meta_column
-from finetune.domains import CLASS_IMAGES, Gap, Head, Pair, Pool, eligible, judge, mean
+from finetune.domains import CLASS_IMAGES, Gap, Head, Pair, Pool, eligible, judge
+from finetune.resample import GROUPS, mean
 from finetune.splits import Leaks, guard
 from hybridssl.errors import UserError
 from shards.index import Index
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     way.add_argument("--by", default="source", metavar="COLUMN", help="column that says the domain (source)")
     way.add_argument("--to", type=Path, metavar="DIR", help="another index: the two are the domains")
     add("--map", nargs="+", default=[], metavar="OURS=THEIRS", help="class of --data and its name in --to")
-    add("--min-images", type=int, default=30, metavar="N", help="a domain needs so many train and test images (30)")
+    least = f"a domain needs so many train and test images (30), and test patients or lesions, up to {GROUPS} of them"
+    add("--min-images", type=int, default=30, metavar="N", help=least)
     add("--min-classes", type=int, default=2, metavar="N", help=f"... and classes with {CLASS_IMAGES} of each (2)")
     adapt.add_training_arguments(parser)
 
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--to judges frozen features: {', '.join(adapted)} asks for one index with --by")
     if args.to and (args.grades or args.multi_label or args.positive):
         raise UserError("--to judges sets with one class an image: leave --grades, --multi-label and --positive away")
+    if args.min_classes < 2:
+        raise UserError(f"--min-classes {args.min_classes} must be 2 or more: one class is nothing to tell apart")
     name = domain_names(args)[1] if args.to else args.by
     protocols = {m: f"crossdomain-{re.sub('[^A-Za-z0-9_.]+', '-', name)}-{m}" for m in args.methods}
     work = task.prepare(args, list(protocols.values()))
@@ -196,19 +200,21 @@ def study_domains(
     }
     moved = [found[pair].gap for pair in transfers if pair in found]
     figures = {
-        "in_domain": mean([g.home for g in apart.values()]),
-        "out_of_domain": mean([g.away for g in apart.values()]),
-        "gap": mean([g.gap for g in apart.values()]),
+        "in_domain": mean([g.home for g in apart.values()]).interval,
+        "out_of_domain": mean([g.away for g in apart.values()]).interval,
+        "gap": mean([g.gap for g in apart.values()]).interval,
         **{f"gap_{d}": g.gap.interval for d, g in apart.items()},
-        **({"transfer_gap": mean(moved)} if moved else {}),
+        **({"transfer_gap": mean(moved).interval} if moved else {}),
     }
     detail["said"] = crossdomain_page.said(detail["metric"], detail["held_out"], figures["gap"])
     used = {part: [len(pool.parts(seed, *kept)[n]) for seed in seeds] for n, part in enumerate(("train", "val"))}
     notes = [*work.notes([taught[everyone][n] for n in range(len(seeds))] if not work.args.to else _own(work))]
+    notes += task.rich_val(used)
     notes += [f"left out, {name}: {reason}" for name, reason in skipped.items()]
     lost = [d for d in kept if d not in apart]
     notes += [f"{d} shares fewer than two classes with the others: not judged as unseen" for d in lost]
-    selected = {"grid": ways.settings(work.args, method), "choices": choices}
+    grid = heads.weighed(ways.settings(work.args, method), method, pool.kind)
+    selected = {"grid": grid, "choices": choices}
     arrays = _unseen(work, pool, held_out, scores)
     result = written.write(work, protocol, figures, selected, used, arrays, notes, detail=detail, **more)
     crossdomain_page.page(result)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune.kinds import Kind
-from finetune.metrics import Interval
-from finetune.resample import Draws, Statistic, resample
+from finetune.resample import Draws, Statistic, few_groups, resample
 
 Array = np.ndarray
 CLASS_IMAGES = 5  # images of a class, in training of both heads and among the test images, below which it is not judged
@@ -50,7 +49,11 @@ class Pool:
 
 
 def eligible(pool: Pool, seeds: list[int], images: int, classes: int) -> tuple[list[str], dict[str, str]]:
-    """Domains that are judged, and why the others are not: {domain: reason}. The largest first."""
+    """Domains that are judged, and why the others are not: {domain: reason}. The largest first.
+
+    images: that a domain needs in train and in test, these of enough patients or lesions (`resample.few_groups`);
+    classes: with CLASS_IMAGES of each.
+    """
     kept, skipped = [], {}
     names, sizes = np.unique(pool.domain, return_counts=True)
     for name in names[np.argsort(-sizes, kind="stable")].tolist():
@@ -62,6 +65,8 @@ def eligible(pool: Pool, seeds: list[int], images: int, classes: int) -> tuple[l
             skipped["(unknown)"] = f"{int((pool.domain == '').sum()):,} images name no domain"
         elif len(train) < images or len(test) < images:
             skipped[name] = f"{len(train):,} train and {len(test):,} test images, fewer than {images}"
+        elif few := few_groups(pool.group[pool.test], pool.domain[pool.test] == name, images):
+            skipped[name] = f"test has {few}"
         elif lasting < classes:
             enough = f"{lasting} classes with {CLASS_IMAGES} train and {CLASS_IMAGES} test images"
             skipped[name] = f"{enough}, fewer than {classes}"
@@ -144,8 +149,3 @@ def judge(pool: Pool, pairs: list[Pair], scores: dict[Head, Array], taught: dict
         names = [pool.classes[k] for k in classes]
         found[pair] = Gap(draws[f"home {pair}"], draws[f"away {pair}"], names, images)
     return found
-
-
-def mean(draws: list[Draws]) -> Interval:
-    """The mean of statistics on the same resamples, with its interval."""
-    return Draws(float(np.mean([d.value for d in draws])), np.mean([d.drawn for d in draws], axis=0)).interval

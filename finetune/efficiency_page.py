@@ -129,7 +129,7 @@ def _curves(arms: list[dict[str, Any]], name: str, title: str) -> Markup:
 def _tables(html: Page, detail: dict[str, Any], path: Path, out: Path) -> None:
     def linked(row: dict[str, float], signed: bool = False) -> Markup | None:
         figure = interval(row)
-        digits = 3 if not signed or np.isnan(figure.value) else _digits(max(abs(figure.low), abs(figure.high)))
+        digits = 3 if not signed or np.isnan(figure.low) else _digits(max(abs(figure.low), abs(figure.high)))
         return cell(figure, path, out, signed, digits)
 
     html.section(

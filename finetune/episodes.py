@@ -12,7 +12,7 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 
 from finetune.metrics import RESAMPLES, Metric, group_weights
-from finetune.resample import Draws
+from finetune.resample import Draws, least_p
 
 Array = np.ndarray
 SOME = 20  # episodes on which the share of the test groups in the spread is measured
@@ -94,4 +94,4 @@ def spread(
     weights = group_weights(groups, resamples, seed)
     shift = np.concatenate([np.mean([metric(y, scores[e], weight) for e in some], axis=0) for weight in weights])
     drawn = each[np.random.default_rng([seed, 1]).integers(len(each), size=(resamples, len(each)))].mean(1)
-    return Draws(float(each.mean()), drawn + shift - each[some].mean()), each
+    return Draws(float(each.mean()), drawn + shift - each[some].mean(), least_p(groups)), each

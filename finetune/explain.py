@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     work = task.prepare(args, ["explain"])
     if said:
         _check(said, work)
-    train = work.split(args.seeds[0])[0]
+    train = work.taught(args.seeds[0])
     library, test = work.features.take(train), work.features.take(work.test)
     cases = cases_of(work, library, said)
     looks = [
@@ -93,6 +93,10 @@ def _sane(args: argparse.Namespace) -> None:
         raise UserError(f"--patch {args.patch[0]:g} {args.patch[1]:g}: X and Y are shares of width and height, 0 to 1")
     if args.worst < 1:
         raise UserError(f"--worst {args.worst} must be 1 or more")
+    if args.positive or args.grades:
+        raise UserError("explain asks whether neighbours share a label: leave --positive and --grades out")
+    if len(args.seeds) > 1:
+        raise UserError("explain shows the neighbours among one draw of the labels: name one of the --seeds")
 
 
 def _one(folder: Path) -> results.Result:

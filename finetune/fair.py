@@ -7,7 +7,7 @@
 Every metric of the result within each subgroup of the test images, the worst subgroup, the gap between best and worst,
 and each subgroup against all others, with 95 % intervals over the same resampled patients or lesions. With --positive
 also the gaps in sensitivity and specificity, whose larger one is the equalised-odds gap (Hardt et al. 2016). A subgroup
-with few images, or without an image of a class that the metric averages over, is listed and not ranked.
+with few images or patients, or without an image of a class that the metric averages over, is listed and not ranked.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from finetune.fairness import ALPHA, Fairness, judge
 from finetune.judged import Judged
 from finetune.kinds import Kind, choose
 from finetune.pages import begin, cell, close, plain, title
+from finetune.resample import GROUPS
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.page import Page
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--positive", nargs="+", metavar="CLASS", help="classes that count as disease; default: those of the result")
     add("--metric", metavar="NAME", help="which ranks; default: disease_auroc with --positive, else what chose on val")
-    add("--least", type=int, default=LEAST, metavar="N", help=f"images that a subgroup needs to be ranked ({LEAST})")
+    least = f"test images that a subgroup needs to be ranked ({LEAST}), and patients or lesions, up to {GROUPS} of them"
+    add("--least", type=int, default=LEAST, metavar="N", help=least)
 
 
 def run(args: argparse.Namespace) -> None:

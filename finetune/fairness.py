@@ -17,7 +17,7 @@ import numpy as np
 from finetune.judged import Judged
 from finetune.kinds import Kind
 from finetune.metrics import Array, Interval
-from finetune.resample import Draws, Statistic, enough, holm, resample
+from finetune.resample import Draws, Statistic, enough, few_groups, holm, resample
 from finetune.subgroups import UNKNOWN, names
 from hybridssl.errors import UserError
 
@@ -87,7 +87,8 @@ class Fairness:
 
 
 def judge(one: Judged, kind: Kind, values: Array, least: int, headline: str, doing: str = "") -> Fairness:
-    """values: str [N], the subgroup of each test image. UserError when fewer than two can be ranked by `headline`."""
+    """values: str [N], the subgroup of each test image; least: images that one needs to be ranked, and these of enough
+    patients or lesions (`resample.few_groups`). UserError when fewer than two can be ranked by `headline`."""
     everyone = names(values)
     rows = {name: values == name for name in everyone}
     sizes = {name: (int(rows[name].sum()), len(np.unique(one.group[rows[name]]))) for name in everyone}
@@ -152,6 +153,8 @@ def _unranked(one: Judged, kind: Kind, metric: str, rows: dict[str, Array], leas
             found[name] = "the column says nothing"
         elif own.sum() < least:
             found[name] = f"{own.sum():,} images, fewer than {least}"
+        elif few := few_groups(one.group, own, least):
+            found[name] = few
         elif lacking:
             found[name] = f"no image of {', '.join(lacking)}"
     return found

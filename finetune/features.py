@@ -61,13 +61,6 @@ class Features:
         """int64 [N]: the class of each sample, -1 for none. Meant for sets with one class a sample."""
         return np.where(self.y.any(1), self.y.argmax(1), -1)
 
-    def keys(self) -> list[str]:
-        return [self.index.key(int(i)) for i in self.numbers]
-
-    def meta(self) -> list[dict[str, Any]]:
-        """The free columns of every sample, read from the shards."""
-        return [self.index.read(int(i)).meta for i in self.numbers]
-
 
 def groups_of(index: Index, numbers: np.ndarray) -> np.ndarray:
     """int64 [N] group hashes, where an image without a group gets one of its own (its number, made negative)."""

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         scores: dict[int, list[Array]] = {k: [] for k in shots}
         have = np.full(len(work.classes), np.iinfo(np.int64).max)
         for seed in args.seeds:
-            train, _ = work.split(seed)
+            train = work.taught(seed)
             mean = x[train].mean(0, dtype=np.float64)
             own, queries = (episodes.centre(x[rows], mean) for rows in (train, work.test))
             y, group = work.y[train], work.features.group[train]
@@ -90,7 +90,7 @@ def _judge(work: task.Task, method: str, scores: dict[int, Array], have: Array) 
                 each[f"{name}@{k}"] = [round(float(v), 4) for v in own]
                 progress.advance(bar)
     most = max(scores)
-    notes = work.notes([work.split(seed)[0] for seed in work.args.seeds])
+    notes = work.notes([work.taught(seed) for seed in work.args.seeds])
     short = [f"{c} ({n:,})" for c, n in zip(work.classes, have, strict=True) if 0 < n < most]
     if short:
         notes.append(f"fewer than {most} train images of {', '.join(short)}: an episode takes all of them instead")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,12 @@ GRIDS: dict[str, dict[str, Any]] = {
     **{name: grid for name, (_, grid) in probe.METHODS.items()},
     "knn": {"k": knn.KS, "temperature": knn.TEMPERATURE},
 }
+
+
+def weighed(grid: Mapping[str, Any], method: str, kind: Kind) -> dict[str, Any]:
+    """The grid of a result, with how classes weigh in all that is trained; neighbours only vote. `calibrate` reads it:
+    probabilities of balanced training are not those of the clinic."""
+    return {**grid, **({} if method == "knn" else {"class_weight": probe.weighing(kind)})}
 
 
 class Head(Protocol):

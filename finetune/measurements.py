@@ -20,7 +20,6 @@ from hybridssl.errors import UserError
 
 Array = np.ndarray
 NAMES = ("area", "diameter", "asymmetry", "irregularity", "variegation")
-POWERS = {"area": 2, "diameter": 1}  # of the length of a pixel; the others have no unit of length
 SMOOTH = 2.0  # points of the outline: enough to take off the staircase of the pixels, not the notches of a border
 AXES = np.deg2rad(np.arange(0, 90, 6))  # the pairs of perpendicular axes that are tried beside the principal one
 MOST = 20_000  # points of a lesion that are mirrored: enough for the third decimal

@@ -20,18 +20,22 @@ BLOCK = 2**22  # numbers, 32 MiB: of weights of resamples that are held at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95 % percentile bootstrap interval."""
+    """A value and its 95 % percentile bootstrap interval; NaN ends where there is none, as of a single group."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self._told(".3f")
 
     def signed(self) -> str:
         """As a difference is written."""
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return self._told("+.3f")
+
+    def _told(self, form: str) -> str:
+        ends = f"[{self.low:{form}}, {self.high:{form}}]" if np.isfinite(self.low) else "(no interval)"
+        return f"{self.value:{form}} {ends}"
 
 
 # -- metrics: y int [N] or uint8 [N, K], scores float [N, K], weight [R, N] -> [R] -------------------------------------
@@ -103,11 +107,6 @@ ONE_OF: dict[str, Metric] = {
 MULTI_LABEL: dict[str, Metric] = {"macro_auroc": macro_auroc, "average_precision": average_precision}
 
 
-def point(name: str, y: Array, scores: Array) -> float:
-    """The metric on the data as they are."""
-    return float(ONE_OF[name](y, scores, np.ones((1, len(y))))[0])
-
-
 # -- resampling -------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +126,10 @@ def group_weights(groups: Array, resamples: int = RESAMPLES, seed: int = 0) -> I
 def bootstrap(
     y: Array, scores: Array, groups: Array, metrics: dict[str, Metric], resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Interval]:
-    """Every metric with its interval over groups. scores [N, K], or [S, N, K] for S seeds, whose mean is reported."""
+    """Every metric with its interval over groups. scores [N, K], or [S, N, K] for S seeds, whose mean is reported.
+
+    With one group the ends are NaN: every resample is the data themselves, and an interval without width would say that
+    nothing is left to chance."""
     runs = scores if scores.ndim == 3 else scores[None]
 
     def mean_over_runs(metric: Metric, weight: Array) -> Array:
@@ -137,38 +139,13 @@ def bootstrap(
     for weight in group_weights(groups, resamples, seed):
         for name, metric in metrics.items():
             drawn[name].append(mean_over_runs(metric, weight))
-    return {n: _interval(mean_over_runs(m, ones)[0], np.concatenate(drawn[n])) for n, m in metrics.items()}
+    several = len(np.unique(groups)) > 1
+    return {n: _interval(mean_over_runs(m, ones)[0], np.concatenate(drawn[n]), several) for n, m in metrics.items()}
 
 
-def paired_bootstrap(
-    y: Array,
-    a: Array,
-    b: Array,
-    groups: Array,
-    metric: str | Metric = "balanced_accuracy",
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Interval:
-    """metric(a) - metric(b) on the same images, with the interval over the same resampled groups. metric: a name of
-    ONE_OF, or the metric itself.
-
-    a, b: scores [N, K], or predicted classes int [N] for the metrics that need no scores.
-    """
-    if a.ndim == 1:
-        classes = int(max(v.max() for v in (y, a, b))) + 1
-        a, b = np.eye(classes)[a], np.eye(classes)[b]
-    chosen = ONE_OF[metric] if isinstance(metric, str) else metric
-
-    def difference(weight: Array) -> Array:
-        return chosen(y, a, weight) - chosen(y, b, weight)
-
-    drawn = np.concatenate([difference(weight) for weight in group_weights(groups, resamples, seed)])
-    return _interval(difference(np.ones((1, len(y))))[0], drawn)
-
-
-def _interval(value: float, drawn: Array) -> Interval:
+def _interval(value: float, drawn: Array, several: bool) -> Interval:
     drawn = drawn[np.isfinite(drawn)]
-    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    low, high = np.percentile(drawn, [2.5, 97.5]) if several and len(drawn) else (np.nan, np.nan)
     return Interval(float(value), float(low), float(high))
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from finetune.better import direction, rank
 from finetune.pages import cell, link, linked, plain, sentence, title
-from finetune.results import Result, find
+from finetune.results import Result, find, labels_alone
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
@@ -98,6 +98,8 @@ def label(result: Result) -> str:
 
 
 def share(result: Result) -> str:
+    if alone := labels_alone(result.about):
+        return alone
     used = result.about["cost"]["labels_used"]["train"] or [0]
     return f"{100 * result.about['data']['labels']:.3g} % ({round(sum(used) / len(used)):,})"
 
@@ -195,8 +197,8 @@ def _by(results: list[Result], *columns: str) -> list[list[Result]]:
 def _chart(rows: list[Result]) -> tuple[Markup, str]:
     name = headline(rows[0])
     bars = [(label(r), m.value, m.low, m.high) for r in rows if (m := r.metrics.get(name))]
-    heading = f"{title(rows[0].protocol)}, {100 * rows[0].about['data']['labels']:.3g} % of the labels"
-    return intervals(bars, heading), f"{title(name)}, 95 %"
+    taught = labels_alone(rows[0].about) or f"{100 * rows[0].about['data']['labels']:.3g} % of the labels"
+    return intervals(bars, f"{title(rows[0].protocol)}, {taught}"), f"{title(name)}, 95 %"
 
 
 def leaks(html: Page, found: list[Result]) -> None:

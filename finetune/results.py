@@ -21,6 +21,7 @@ from hybridssl.errors import UserError
 from hybridssl.files import write_text, writing
 
 FORMAT, VERSION = "hybridssl-results", 1
+FIXED = "no split: all was fixed beforehand"  # where nothing is chosen: few labels teach, or none
 NEEDED = ("protocol", "backbone", "data", "metrics", "selected", "seeds", "cost", "leaks")
 
 
@@ -42,6 +43,11 @@ class Result:
     @property
     def leaks(self) -> Leaks:
         return Leaks(**self.about["leaks"])
+
+    @property
+    def drawn_labels(self) -> bool:
+        """Whether its seeds are draws of a part of the labels, whose luck a difference has to outlast."""
+        return self.about["data"]["labels"] < 1 and len(self.about["seeds"]) > 1
 
     def identity(self) -> tuple[Any, ...]:
         return identity(self.about)
@@ -65,6 +71,16 @@ def identity(about: dict[str, Any]) -> tuple[Any, ...]:
     backbone, data = about["backbone"], about["data"]
     seen = backbone["sha256"], backbone.get("input_size")
     return about["protocol"], *seen, data["sha256"], data["labels"], data["source"], tuple(data.get("masks") or ())
+
+
+def labels_alone(about: dict[str, Any]) -> str:
+    """How many train labels a result used, where no share of them tells it: it takes a few, or none. "" elsewhere."""
+    if not about["selected"]["split"].startswith(FIXED) and about["protocol"] != "efficiency":
+        return ""
+    used = about["cost"]["labels_used"].get("train") or [0]
+    if not max(used):
+        return "no train labels"
+    return f"{min(used):,}{f' to {max(used):,}' if max(used) > min(used) else ''} train labels"
 
 
 def check_room(folder: Path, about: dict[str, Any], overwrite: bool) -> None:

@@ -43,11 +43,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if min(args.k) < 1:
         raise UserError(f"--k {min(args.k)} must be 1 or more")
+    if args.positive or args.grades:
+        raise UserError("retrieve asks whether two cases share a label: leave --positive and --grades out")
     work = task.prepare(args, ["retrieve"])
     if args.gallery not in work.rows:
         raise UserError(f"--gallery {args.gallery}: {work.index} has no labelled image in that split")
     ks, test = sorted(set(args.k)), work.test
-    answers = [work.split(seed)[0] if args.gallery == "train" else work.rows[args.gallery] for seed in args.seeds]
+    answers = [work.taught(seed) if args.gallery == "train" else work.rows[args.gallery] for seed in args.seeds]
     ranked = [_rank(work, rows, [*ks, NEAREST]) for rows in answers]
     values = {name: np.stack([one.measures[name] for one in ranked]) for name in ranked[0].measures}  # [S, Q]
     values = {name: v for name, v in values.items() if name in ("average_precision", *_names(ks))}

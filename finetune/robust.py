@@ -22,7 +22,7 @@ from finetune import heads, metrics, robust_page, task, written
 from finetune.corruptions import NAMES, SEVERITIES, VERSION, change, names
 from finetune.features import default_cache, extract
 from finetune.metrics import Metric
-from finetune.resample import Draws, Statistic, resample
+from finetune.resample import Statistic, mean, resample
 from hybridssl.errors import UserError
 
 Array = np.ndarray
@@ -102,11 +102,12 @@ def judge(work: task.Task, method: str, protocol: str, x: dict[Fault, dict[str, 
         work,
         protocol,
         found | drops,
-        {"grid": heads.GRIDS[method], "choices": choices},
+        {"grid": heads.weighed(heads.GRIDS[method], method, work.kind), "choices": choices},
         used,
         arrays,
         [
             *work.notes([train for train, _ in splits]),
+            *task.rich_val(used),
             "the faults are drawn: a real camera's faults may cost more or less",
         ],
         detail=detail,
@@ -139,11 +140,7 @@ def drops_of(
         for name, s in scores
     ]
     by_name = {
-        f"drop_{n}": _mean([drop[f] for f in drop if f[0] == n]).interval for n in dict.fromkeys(n for n, _ in drop)
+        f"drop_{n}": mean([drop[f] for f in drop if f[0] == n]).interval for n in dict.fromkeys(n for n, _ in drop)
     }
-    found = {"mean_drop": _mean(list(drop.values())).interval, **by_name}
+    found = {"mean_drop": mean(list(drop.values())).interval, **by_name}
     return {"clean": heads.as_dict(draws["clean"].interval), "rows": rows}, found
-
-
-def _mean(draws: list[Draws]) -> Draws:
-    return Draws(float(np.mean([d.value for d in draws])), np.mean([d.drawn for d in draws], axis=0))

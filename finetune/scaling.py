@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from finetune import adapt, heads, options, results, scaling_page, task, ways, written
-from finetune.resample import Draws, enough, holm, resample
+from finetune.resample import Draws, enough, holm, mean_of_drawn, resample
 from finetune.results import Result
 from finetune.task import Task
 from hybridssl.errors import UserError
@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
     backbones = list(dict.fromkeys([args.backbone, *args.also]))
     cells, skipped, first = [], [], None
     for spec in backbones:
-        work = task.prepare(Namespace(**{**vars(args), "backbone": spec}), [] if first else ["scaling"])
+        size = None if spec == "histogram" else args.size  # --size is for those beside it
+        own = Namespace(**{**vars(args), "backbone": spec, "size": size})
+        work = task.prepare(own, [] if first else ["scaling"])
         first = first or work
         methods, refused = ways.possible(args.methods, work.encoder)
         skipped += refused
@@ -116,7 +118,8 @@ def compute(work: Task, share: float, method: str, settings: dict[str, Any], arg
         choices.append(taught.choice)
         parameters = taught.parameters
     detail = {"settings": settings, "parameters": parameters}
-    return results.read(cell.finish(method, scores, choices, settings, val_scores, detail=detail))
+    grid = heads.weighed(settings, method, work.kind)  # `settings` are also what a cell is recognised by, in `kept`
+    return results.read(cell.finish(method, scores, choices, grid, val_scores, detail=detail))
 
 
 def write(work: Task, cells: list[Result], skipped: list[str]) -> None:
@@ -130,12 +133,9 @@ def write(work: Task, cells: list[Result], skipped: list[str]) -> None:
         choices += [{"cell": row["result"], **choice} for choice in cell.about["selected"]["choices"]]
         grid[row["method"]] = cell.about["selected"]["grid"]
     labels = {side: [n for cell in cells for n in cell.about["cost"]["labels_used"][side]] for side in ("train", "val")}
-    notes = [*dict.fromkeys(note for cell in cells for note in cell.about["notes"]), *skipped]
-    if "val" in work.rows and min(labels["train"]) < max(labels["val"]):
-        notes.append(
-            f"val keeps its {max(labels['val']):,} labels at every share, even where {min(labels['train']):,} train: "
-            "choices are better informed there than a clinic with so few labels could make them"
-        )
+    own = {note for cell in cells for note in task.rich_val(cell.about["cost"]["labels_used"])}  # said once, of all
+    notes = [*dict.fromkeys(note for cell in cells for note in cell.about["notes"] if note not in own), *skipped]
+    notes += task.rich_val(labels)
     if len(work.args.seeds) == 1:
         notes.append("one seed: the bands do not hold the luck of which labels are drawn; add --seeds 0 1 2 3 4")
     arrays = {"drawn": np.stack([drawn.drawn for drawn, _ in draws]), "number": work.features.numbers[work.test]}
@@ -150,8 +150,7 @@ def write(work: Task, cells: list[Result], skipped: list[str]) -> None:
 def draws_of(cells: list[Result], work: Task, resamples: int) -> list[tuple[Draws, list[float]]]:
     """Of every cell the metric that chooses: its mean over the seeds, on resampled groups and seeds, and each seed's.
 
-    Groups and seeds are drawn independently (the pigeonhole bootstrap of Owen, 0712.1111), the same ones for all cells,
-    so that differences between cells are paired in both.
+    The same groups and seeds are drawn for all cells (`resample.mean_of_drawn`): differences are paired in both.
     """
     metric, statistics = work.kind.metrics[work.kind.select_by], {}
     for n, cell in enumerate(cells):
@@ -160,12 +159,10 @@ def draws_of(cells: list[Result], work: Task, resamples: int) -> list[tuple[Draw
             statistics[f"{n} {s}"] = lambda weight, y=kept["y"], run=run: metric(y, run, weight)
     group, seeds = work.features.group[work.test], len(work.args.seeds)
     draws = resample(statistics, group, resamples, doing=f"resampling {len(cells):,} cells")
-    picked = np.random.default_rng(0).integers(seeds, size=(resamples, seeds))
     found = []
     for n in range(len(cells)):
         own = [draws[f"{n} {s}"] for s in range(seeds)]
-        each, values = np.stack([draw.drawn for draw in own], axis=1), [draw.value for draw in own]  # [R, S]
-        found.append((Draws(float(np.mean(values)), np.take_along_axis(each, picked, axis=1).mean(1)), values))
+        found.append((mean_of_drawn(own), [draw.value for draw in own]))
     return found
 
 

@@ -58,6 +58,7 @@ class _Leaks(_Part):
 
 class _Detail(_Part):
     said: list[StrictStr] = []
+    results: dict[StrictStr, StrictStr] = {}  # of a comparison: who was compared
 
 
 class _Task(_Part):

@@ -4,7 +4,8 @@ A study is a YAML file: `arguments` (name -> help, default, many), `steps` (titl
 for every value of an argument, `with`: once for every named value, `if` / `unless`: an argument is given or not) and
 `limits`, what it does not show. In `run`, {name} stands for an argument, {each} for the value of `for` or `with`, {out}
 for the step's own folder, {results} for the study's, {first} for the folder name of the first backbone. A word that is
-nothing but an argument with many values becomes many words, and an option left without any value goes.
+nothing but an argument with many values becomes many words, and an option left without any value goes. A word with *
+becomes the paths that it fits; its command runs again when there are more of them, so say --overwrite where it has to.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
   python -m finetune study derm-suite data=data/derm backbones=models/derm-s,histogram --out results/derm
 
 Arguments are key=value; several values are parted by commas. Every step is a command that could be typed by hand, and
-is shown as it runs; a finished one is not run again, so a study that was cut off goes on. Writes OUT/report.html.
+is shown as it runs; a finished one is not run again, so a study that was cut off goes on. One whose words have a *
+takes what other steps left, so it runs again after any earlier step did. Writes OUT/report.html.
 """
 
 from __future__ import annotations
@@ -45,16 +46,19 @@ def run(args: argparse.Namespace) -> None:
     out, values = args.out, studies.fill(study, args.values)
     steps = studies.plan(study, values, out)
     done = _done(out)
-    for step in steps:
-        for words in step.commands.values():
-            line = told(" ".join(words))
-            Terminal().print(f"{'done already' if line in done else step.title}: {line}", soft_wrap=True)
-            if args.dry_run or line in done:
-                continue
-            _execute(words, step.title)
-            done.append(line)
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / "done.json", json.dumps(done, indent=1))
+    commands = [(step.title, words, told(" ".join(words))) for step in steps for words in step.commands.values()]
+    for at, (title, words, line) in enumerate(commands):
+        Terminal().print(f"{'done already' if line in done else title}: {line}", soft_wrap=True)
+        if line in done:
+            continue
+        stale = [after for _, later, after in commands[at + 1 :] if any("*" in word for word in later)]
+        done = [before for before in done if before not in stale]
+        if args.dry_run:
+            continue
+        _execute(words, title)
+        done.append(line)
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(out / "done.json", json.dumps(done, indent=1))
     if not args.dry_run:
         path = study_page.page(study, values, steps, out).write(out / "report.html")
         Terminal().print(f"written: {path}", soft_wrap=True)

@@ -13,6 +13,7 @@ import argparse
 import resource
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from shards.terminal import Terminal
 
 SPLITS = ("train", "val", "test")
 CARVED = 0.2  # share of the train groups that chooses when there is no val split
+FEW = 20  # test groups below which the percentile intervals are known to be too narrow
 
 
 @dataclass
@@ -57,16 +59,20 @@ class Task:
 
     def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows to train on and to choose on, for one seed: `--labels` of the train split; val, or a part of train."""
-        train = self.rows["train"]
-        group = self.features.group
-        if self.args.labels < 1:
-            train = train[label_subset(self._strata(train), group[train], self.args.labels, seed)]
+        train, group = self.taught(seed), self.features.group
         if "val" in self.rows:
             return train, self.rows["val"]
         carved = label_subset(self._strata(train), group[train], CARVED, seed + 1_000_003, keep_one=True)
         if not carved.any():
             raise UserError("there is no val split, and train has too few groups to carve one: add a val split")
         return train[~carved], train[carved]
+
+    def taught(self, seed: int) -> np.ndarray:
+        """Rows to train on where nothing is chosen: `--labels` of the train split, and none of them carved off."""
+        train = self.rows["train"]
+        if self.args.labels == 1:
+            return train
+        return train[label_subset(self._strata(train), self.features.group[train], self.args.labels, seed)]
 
     def _strata(self, rows: np.ndarray) -> np.ndarray:
         """int64: the class by which a draw of labels is balanced; of several labels, the rarest in the data."""
@@ -106,7 +112,7 @@ class Task:
             "labels_used": labels,
             "peak_memory_mb": peak_mb(),
         }
-        about["notes"] = self.notes([train for train, _ in used])
+        about["notes"] = [*self.notes([train for train, _ in used]), *rich_val(labels)]
         arrays = {"scores": np.stack(scores).astype(np.float32), **self._rows(self.test)}
         for at, ((_, rows), values) in enumerate(zip(used, val, strict=True)):
             own = {"scores": values.astype(np.float32), **self._rows(rows)}
@@ -161,6 +167,10 @@ class Task:
             said.append(f"no test image of {', '.join(unasked)}: the means are over the other classes")
         if (self.index.column("group")[self.features.numbers] == 0).all():
             said.append("the index has no groups: intervals resample images, too narrow if patients have several")
+        units = len(np.unique(self.features.group[self.test]))
+        if units < FEW:
+            what = "images" if units == len(self.test) else "patients or lesions"
+            said.append(f"test has only {units:,} {what}: with fewer than {FEW}, the 95 % intervals are too narrow")
         if self.features.bad:
             said.append(f"{len(self.features.bad):,} images did not decode and are left out")
         if self.leaks.pretraining is None and not self.encoder.baseline:
@@ -168,6 +178,16 @@ class Task:
         if self.index.synthetic:
             said.append("synthetic images: these figures say nothing about patients")
         return said
+
+
+def rich_val(used: Mapping[str, Sequence[int]]) -> list[str]:
+    """A note where val, which chooses, has more labels than train was given. used: labels of each seed by split."""
+    if min(used["train"], default=0) >= max(used["val"], default=0):
+        return []
+    return [
+        f"val keeps its {max(used['val']):,} labels, even where {min(used['train']):,} train: choices are better "
+        "informed there than a clinic with so few labels could make them"
+    ]
 
 
 def prepare(args: argparse.Namespace, protocols: list[str], reads: tuple[str, ...] = SPLITS) -> Task:
@@ -193,6 +213,11 @@ def prepare(args: argparse.Namespace, protocols: list[str], reads: tuple[str, ..
     for entry in features.bad:
         Terminal(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}")
     rows = {name: np.flatnonzero(np.isin(features.numbers, own)) for name, own in numbers.items()}
+    if empty := [name for name, own in rows.items() if not len(own)]:
+        raise UserError(
+            f"no labelled image of split {', '.join(empty)} of {index.root} could be decoded (first: "
+            f"{features.bad[0]['key']}, {features.bad[0]['reason']}): build the index from whole images"
+        )
     kind, classes, y = ask(args, features, named, protocols)
     now = time.monotonic()
     return Task(args, encoder, index, features, rows, y, classes, kind, leaks, now - started, now)
@@ -255,11 +280,12 @@ def peak_mb() -> float:
 def show(protocol: str, about: dict[str, Any], found: dict[str, metrics.Interval], path: Path) -> None:
     """The result as a table on the terminal."""
     console, data = Terminal(), about["data"]
-    title = f"{protocol}: {about['backbone']['name']} on {data['index']}, {data['labels']:.0%} of the train labels"
+    taught = results.labels_alone(about) or f"{data['labels']:.0%} of the train labels"
+    title = f"{protocol}: {about['backbone']['name']} on {data['index']}, {taught}"
     console.print(title, style="bold", soft_wrap=True)
     table = Table("metric", "test", "95 % over groups")
     for name, m in found.items():
-        table.add_row(name, f"{m.value:.3f}", f"{m.low:.3f} to {m.high:.3f}")
+        table.add_row(name, f"{m.value:.3f}", "-" if np.isnan(m.low) else f"{m.low:.3f} to {m.high:.3f}")
     console.print(table)
     choices = about["selected"]["choices"]
     if any(choice.keys() > {"seed"} for choice in choices):

@@ -13,7 +13,6 @@ from finetune.metrics import Interval
 from finetune.results import Result
 
 Array = np.ndarray
-FIXED = "no split: all was fixed beforehand"
 
 
 def write(
@@ -52,7 +51,7 @@ def write_fixed(
     """As `write`, where nothing was chosen on val. fixed: what was set before any label was seen; labels: how many
     train labels each seed used; labels, groups and numbers of the test images go beside `arrays`."""
     choices = [{"seed": seed, **fixed} for seed in work.args.seeds]
-    selected = {"split": FIXED, "grid": fixed, "choices": choices}
+    selected = {"split": results.FIXED, "grid": fixed, "choices": choices}
     used = {"train": list(labels), "val": [0] * len(labels)}
     rows = {"y": work.y, "group": work.features.group, "number": work.features.numbers}
     rows = {name: values[work.test] for name, values in rows.items()}

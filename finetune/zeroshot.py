@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{spec} knows no words: zeroshot takes a run folder with a text label head, or a CLIP-like hf:ID"
         )
+    if args.labels != 1:
+        raise UserError("zeroshot uses no train label: leave --labels out")
     if args.encoder and spec.startswith("hf:"):
         raise UserError(f"--encoder does not go with {spec}, which is read by its own text half")
     work = task.prepare(args, ["zeroshot"], reads=("test",))

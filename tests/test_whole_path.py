@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.metrics import paired_bootstrap
+from benchmarks.common import drawn
 from finetune.results import Result, find
 from tests.pretrain.conftest import TINY
 
@@ -114,7 +114,6 @@ def test_the_demo_learns_what_random_weights_do_not_have(tmp_path: Path) -> None
     for name, spec in (("ours", run), ("random", f"random:{run}"), ("histogram", "histogram")):
         python("finetune", "knn", "--backbone", spec, "--data", data, "--out", str(tmp_path / "results" / name))
     found: dict[str, Result] = {r.path.parent.parent.name: r for r in find([tmp_path / "results"])}
-    ours, random = (found[name].predictions() for name in ("ours", "random"))
-    gap = paired_bootstrap(ours["y"], ours["scores"][0], random["scores"][0], ours["group"])
+    gap = (drawn(found["ours"]) - drawn(found["random"])).interval
     assert gap.low > 0, f"ours - random: {gap}"
     assert found["ours"].metrics["balanced_accuracy"].value > found["histogram"].metrics["balanced_accuracy"].value

@@ -86,3 +86,8 @@ def flip(part: Part, share: float, seed: int = 0) -> Part:
     scores = part.scores.copy()
     scores[hit] = np.roll(scores[hit], 1, axis=1)
     return Part(scores, part.y, part.group, part.number)
+
+
+def point(name: str, y: np.ndarray, scores: np.ndarray) -> float:
+    """The metric on the data as they are."""
+    return float(metrics.ONE_OF[name](y, scores, np.ones((1, len(y))))[0])

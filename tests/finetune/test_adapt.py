@@ -83,6 +83,7 @@ def test_every_mode_trains_reports_and_saves_a_backbone(evaluate, index, export_
     assert about["protocol"] == f"adapt-{mode}"
     assert about["selected"]["split"] == "val"
     assert about["selected"]["grid"]["lr"] == [1e-3, 1e-2]
+    assert about["selected"]["grid"]["class_weight"] == "balanced", "calibrate warns by it"
     choice = about["selected"]["choices"][0]
     tried = about["detail"]["tried"][0]["runs"]
     assert choice["val"] == pytest.approx(max(run["val"] for run in tried), abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -282,6 +283,13 @@ def test_several_labels_get_no_sets(tmp_path, capsys):
     assert result.about["selected"]["choices"][0]["temperature"] == pytest.approx(1, abs=0.15)
     assert not any("coverage" in name for name in result.metrics)
     assert any("one class an image" in note for note in result.about["notes"])
+    shown = look(tmp_path / "m/calibrate-logistic/report.html")
+    first = result.about["detail"]["said"][0]
+    assert re.match(r"As it is, it gives a label 0\.\d\d on average, and 0\.\d\d have it: too (high|low) by", first)
+    assert "Share that had the label, by its probability" in shown
+    assert "right" not in first + shown, "most labels are absent: that is no share of being right"
+    assert main(["calibrate", str(folder), "--by", "sex"]) == 2
+    assert "--by tells the coverage of prediction sets, and with several" in capsys.readouterr().err
     assert main(["calibrate", str(folder), "--positive", "mel", "--overwrite"]) == 2
     assert "does not fit --multi-label" in capsys.readouterr().err
 

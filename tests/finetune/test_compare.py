@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -12,22 +13,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from finetune import compare, kinds, metrics, results
 from finetune.__main__ import main
 from finetune.judged import Part
-from finetune.metrics import accuracy
 from finetune.resample import Draws, enough, holm, resample
 from tests.finetune.judging import CLASSES, flip, opened, patients, write
 from tests.finetune.looked import look
 
 # -- resamples --------------------------------------------------------------------------------------------------------
-
-
-def test_a_difference_is_the_paired_bootstrap():
-    part = patients(200, size=2)
-    other = flip(part, 0.3)
-    both = {name: lambda w, s=p.scores: accuracy(part.y, s, w) for name, p in (("a", part), ("b", other))}
-    draws = resample(both, part.group)
-    ours = (draws["a"] - draws["b"]).interval
-    expected = metrics.paired_bootstrap(part.y, part.scores, other.scores, part.group, "accuracy")
-    assert (ours.value, ours.low, ours.high) == pytest.approx((expected.value, expected.low, expected.high))
 
 
 def test_interval_and_p_agree_with_scipy_when_every_image_is_its_own_group():
@@ -148,6 +138,43 @@ def test_against_another_and_each_with_each(folders, tmp_path):
     assert len(every.about["detail"]["comparisons"]) == 3
     least = [c for c in every.about["detail"]["comparisons"] if c["p"] < 0.01]
     assert all(c["p_holm"] >= 2 * c["p"] for c in least)
+
+
+def test_another_comparison_is_not_replaced_unseen(folders, tmp_path, capsys):
+    out, against = tmp_path / "out", ["--against", str(folders["good"])]
+    run(out, folders["poor"], *against)
+    run(out, folders["poor"], *against, "--metric", "accuracy")
+    assert main(["compare", str(folders["twin"]), *against, "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "compares other results (good, poor): name all of them in one call" in said
+    assert set(results.read(out / "compare-knn/results.json").about["detail"]["results"]) == {"good", "poor"}
+    run(out, folders["twin"], *against, "--overwrite")
+
+
+def test_one_patient_gets_no_verdict(tmp_path, capsys):
+    part = replace(patients(60), group=np.ones(60, dtype=np.int64))
+    good, poor = write(tmp_path / "a/knn", part, name="good"), write(tmp_path / "b/knn", flip(part, 0.9), name="poor")
+    (only,) = run(tmp_path / "out", good, poor).about["detail"]["comparisons"]
+    assert (only["verdict"], only["p"], only["difference"]["low"]) == ("not shown to be better", 1, None)
+    page, said = look(tmp_path / "out/compare-knn/report.html"), capsys.readouterr().out
+    assert "one patient tells nothing of others" in page
+    assert "nan" not in page.lower() + said.lower()
+
+
+def test_draws_of_labels_are_resampled_and_seeds_of_all_labels_are_not(tmp_path):
+    """Three draws that differ by more than patients do: their luck is part of the interval."""
+    part = patients(400)
+    runs = np.stack([flip(part, share, seed).scores for seed, share in enumerate((0.0, 0.2, 0.4))])
+    width = {}
+    for share in (1.0, 0.1):
+        good = write(tmp_path / f"a{share}/knn", part, name="one", labels=share)
+        three = write(tmp_path / f"b{share}/knn", replace(part, scores=runs), name="three", labels=share)
+        result = run(tmp_path / f"out{share}", good, three)
+        difference = result.about["detail"]["comparisons"][0]["difference"]
+        width[share] = difference["high"] - difference["low"]
+        told = [note for note in result.about["notes"] if "the seeds drew different labels" in note]
+        assert len(told) == (share < 1)
+    assert width[0.1] > 1.5 * width[1.0]
 
 
 def test_several_labels_an_image(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -184,6 +185,19 @@ def test_domains_that_cannot_be_judged_say_why():
         "(unknown)": "120 images name no domain",
         "c": "1 classes with 5 train and 5 test images, fewer than 2",
     }
+
+
+def test_a_domain_of_few_test_patients_is_left_out():
+    images = pool(["a", "b", "c"], {"a": [0, 1], "b": [0, 1], "c": [0, 1]})
+    group = np.where(images.domain == "c", images.group % 3, images.group + 3)
+    kept, skipped = eligible(replace(images, group=group), [0], images=30, classes=2)
+    assert (kept, skipped) == (["a", "b"], {"c": "test has 40 images of 3 patients or lesions, fewer than 10"})
+    assert eligible(replace(images, group=group), [0], images=3, classes=2)[0] == ["a", "b", "c"]
+
+
+def test_a_head_of_one_class_is_refused(index, tmp_path, capsys):
+    assert run(index, tmp_path, "--by", "site", "--min-classes", 1) == 2
+    assert "--min-classes 1 must be 2 or more" in capsys.readouterr().err
 
 
 def test_one_domain_is_an_error_that_names_the_options(index, tmp_path, capsys):

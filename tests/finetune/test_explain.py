@@ -40,6 +40,16 @@ def result(index, export_folder, tmp_path_factory):
     return out / "knn"
 
 
+def test_options_that_would_change_nothing_are_refused(explained, capsys):
+    for options, message in (
+        (["--positive", "red"], "leave --positive and --grades out"),
+        (["--grades", "blue", "brown", "red"], "leave --positive and --grades out"),
+        (["--seeds", 0, 1], "one draw of the labels"),
+    ):
+        explained("--keys", "x", *options, code=2)
+        assert message in capsys.readouterr().err
+
+
 def test_neighbours_are_of_other_groups_and_purity_is_their_share(explained, index, export_folder):
     found = explained("--keys", index.key(int(index.select(["train"])[3])))
     encoder = load(str(export_folder))

@@ -157,6 +157,20 @@ def test_small_and_incomplete_subgroups_are_listed_and_not_ranked(tmp_path):
     assert found.sizes["face"] == (120, 120)
 
 
+def test_a_subgroup_of_two_patients_is_not_ranked(tmp_path):
+    """40 images are enough, their 2 patients are not: without a difference 15 of 40 such runs gave a verdict."""
+    part = patients(440)
+    part = replace(part, group=np.r_[np.repeat(np.arange(40), 10), np.repeat([40, 41], 20)])
+    one = opened(write(tmp_path / "a/knn", part))
+    tone = np.where(part.group >= 40, "VI", np.where(part.group % 2, "I", "II"))
+    found = judge(one, one.kind, tone, 30, "accuracy")
+    assert found.unranked["accuracy"] == {"VI": "40 images of 2 patients or lesions, fewer than 10"}
+    assert set(found.standing["accuracy"]) == {"I", "II"}
+    assert "VI" in judge(one, one.kind, tone, 2, "accuracy").standing["accuracy"], "--least 2 says so"
+    with pytest.raises(UserError, match=r"of 2 patients or lesions, fewer than 10.*or a smaller --least"):
+        judge(one, one.kind, np.where(tone == "VI", "VI", "I"), 30, "accuracy")
+
+
 def test_several_labels_an_image(tmp_path):
     rng = np.random.default_rng(3)
     scores = rng.random((200, 3))

@@ -6,6 +6,8 @@ from scipy import stats
 from sklearn import metrics as reference
 
 from finetune import metrics
+from finetune.resample import resample
+from tests.finetune.judging import point
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def by_sklearn(name: str, y: np.ndarray, scores: np.ndarray) -> float:
 @pytest.mark.parametrize("name", metrics.ONE_OF)
 def test_point_equals_sklearn(case, name):
     y, scores, _ = case
-    assert metrics.point(name, y, scores) == pytest.approx(by_sklearn(name, y, scores), abs=1e-12)
+    assert point(name, y, scores) == pytest.approx(by_sklearn(name, y, scores), abs=1e-12)
 
 
 @pytest.mark.parametrize("name", metrics.ONE_OF)
@@ -105,19 +107,21 @@ def test_seeds_are_averaged_inside_a_resample(case):
     assert both.low < both.value < both.high
 
 
+def both(y, a, b, groups, metric):
+    """The draws of a metric of two models, on the same resamples."""
+    return resample({n: lambda w, s=s: metric(y, s, w) for n, s in (("a", a), ("b", b))}, groups)
+
+
 def test_paired_difference(case):
     y, scores, groups = case
     worse = scores.copy()
     worse[::3] = np.roll(worse[::3], 1, axis=1)
-    found = metrics.paired_bootstrap(y, scores, worse, groups)
-    expected = metrics.point("balanced_accuracy", y, scores) - metrics.point("balanced_accuracy", y, worse)
-    assert found.value == pytest.approx(expected)
+    draws = both(y, scores, worse, groups, metrics.balanced_accuracy)
+    found, back = (draws["a"] - draws["b"]).interval, (draws["b"] - draws["a"]).interval
+    assert found.value == pytest.approx(point("balanced_accuracy", y, scores) - point("balanced_accuracy", y, worse))
     assert 0 < found.low < found.value < found.high
-    back = metrics.paired_bootstrap(y, worse, scores, groups)
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
-    said = metrics.paired_bootstrap(y, scores.argmax(1), worse.argmax(1), groups)
-    assert said == found
-    same = metrics.paired_bootstrap(y, scores, scores, groups)
+    same = (draws["a"] - draws["a"]).interval
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
@@ -125,12 +129,22 @@ def test_paired_interval_is_narrower_than_two_separate_ones(case):
     y, scores, groups = case
     other = scores.copy()
     other[:6] = np.roll(other[:6], 1, axis=1)
-    paired = metrics.paired_bootstrap(y, scores, other, groups, "accuracy")
-    alone = metrics.bootstrap(y, scores, groups, {"accuracy": metrics.accuracy})["accuracy"]
+    draws = both(y, scores, other, groups, metrics.accuracy)
+    paired, alone = (draws["a"] - draws["b"]).interval, draws["a"].interval
+    assert alone == metrics.bootstrap(y, scores, groups, {"accuracy": metrics.accuracy})["accuracy"]
     assert paired.high - paired.low < 0.6 * (alone.high - alone.low)
+
+
+def test_one_group_has_no_interval(case):
+    y, scores, _ = case
+    for groups, width in ((np.zeros(180), np.nan), (np.arange(180) < 60, 0.1)):
+        by_draws = both(y, scores, scores, groups, metrics.accuracy)["a"].interval
+        for found in (metrics.bootstrap(y, scores, groups, {"accuracy": metrics.accuracy})["accuracy"], by_draws):
+            assert found.high - found.low == pytest.approx(width, abs=0.1, nan_ok=True)
+            assert ("(no interval)" in str(found)) == ("(no interval)" in found.signed()) == np.isnan(width)
 
 
 def test_a_metric_without_any_class_is_nan():
     y, scores = np.zeros(5, dtype=int), np.tile([0.9, 0.1], (5, 1))
-    assert np.isnan(metrics.point("macro_auroc", y, scores))
-    assert metrics.point("balanced_accuracy", y, scores) == 1
+    assert np.isnan(point("macro_auroc", y, scores))
+    assert point("balanced_accuracy", y, scores) == 1

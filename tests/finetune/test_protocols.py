@@ -17,10 +17,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from finetune import kinds, metrics, probe, results
+from finetune import features, kinds, metrics, probe, results
 from finetune.__main__ import main
 from finetune.backbones import load
 from finetune.features import extract
+from shards.errors import DataError
+from tests.finetune.conftest import rows
+from tests.finetune.judging import point
 
 
 @pytest.fixture
@@ -54,9 +57,7 @@ def test_knn_agrees_with_scikit_learn(evaluate, parts):
         model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=weight)
         return model.fit(train_x["cls"], train_y)
 
-    on_val = {
-        k: metrics.point("balanced_accuracy", val_y, reference(k).predict_proba(val_x["cls"])) for k in (3, 9, 15)
-    }
+    on_val = {k: point("balanced_accuracy", val_y, reference(k).predict_proba(val_x["cls"])) for k in (3, 9, 15)}
     best = max(on_val, key=lambda k: on_val[k])
     assert result.about["selected"]["choices"] == [{"seed": 0, "k": best, "val": round(on_val[best], 4)}]
     expected = reference(best).predict_proba(test_x["cls"])
@@ -296,6 +297,46 @@ def test_without_val_a_part_of_train_chooses(evaluate, new_index, table):
     assert used["train"][0] + used["val"][0] == total
     assert 0.15 * total < used["val"][0] < 0.35 * total
     assert "carved out of train" in result.about["selected"]["split"]
+
+
+def test_a_val_that_outgrows_train_is_named(evaluate):
+    note = "choices are better informed there than a clinic with so few labels could make them"
+    few = evaluate("knn", "--labels", 0.1)
+    used = few.about["cost"]["labels_used"]
+    assert any(f"val keeps its {used['val'][0]} labels, even where {used['train'][0]} train: {note}" in n
+               for n in few.about["notes"])  # fmt: skip
+    assert not any(note in n for n in evaluate("knn", "--overwrite").about["notes"])
+
+
+def test_a_test_split_of_few_patients_is_named(evaluate, new_index):
+    few = evaluate("knn", data=new_index(rows(splits={"train": 6, "val": 4, "test": 3})).root)
+    assert any("test has only 9 patients or lesions: with fewer than 20" in note for note in few.about["notes"])
+    one = [{**row, "group": "p"} if row["split"] == "test" else row for row in rows(splits={"train": 6, "test": 3})]
+    alone = evaluate("knn", "--overwrite", data=new_index(one).root)
+    assert any("test has only 1 patients or lesions" in note for note in alone.about["notes"])
+    assert np.isnan([m.low for m in alone.metrics.values()]).all()
+
+
+def test_a_split_of_which_nothing_decodes_is_an_error(index, tmp_path, monkeypatch, capsys):
+    test, whole = {index.read(int(n)).image for n in index.select(["test"])}, features.decode
+
+    def decode(data, *arguments):
+        if data in test:
+            raise DataError("damaged png image")
+        return whole(data, *arguments)
+
+    monkeypatch.setattr(features, "decode", decode)
+    words = ["knn", "--backbone", "histogram", "--data", str(index.root), "--out", str(tmp_path / "o")]
+    assert main([*words, "--cache", str(tmp_path / "cache")]) == 2
+    said = capsys.readouterr().err
+    assert "no labelled image of split test" in said
+    assert "damaged png image): build the index from whole images" in said
+
+
+def test_the_histogram_has_one_size(index, tmp_path, capsys):
+    words = ["knn", "--backbone", "histogram", "--data", str(index.root), "--out", str(tmp_path / "o"), "--size", "32"]
+    assert main(words) == 2
+    assert "--size 32 changes nothing for the histogram" in capsys.readouterr().err
 
 
 def test_unlabelled_images_and_missing_classes(evaluate, new_index, table):

@@ -96,6 +96,21 @@ def test_the_page_holds_every_number_and_links_it_to_its_file(write, tmp_path):
     assert (float(row["value"]), float(row["low"]), row["baseline"]) == (0.2468, pytest.approx(0.1968), "True")
 
 
+def test_few_labels_or_none_are_told_by_their_count(write, tmp_path, capsys):
+    """zeroshot and fewshot use no share of the labels: "100 %" beside them would say that they saw all."""
+    for protocol, used in (("zeroshot", [0]), ("fewshot", [140, 140]), ("efficiency", [10, 140])):
+        path = write(f"{protocol}/{protocol}", 0.4, protocol, "models/mine", "1")
+        about = json.loads(path.read_text())
+        about["selected"]["split"] = results.FIXED if protocol != "efficiency" else "a part"
+        about["cost"]["labels_used"]["train"] = used
+        path.write_text(json.dumps(about))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
+    text = words((tmp_path / "report.html").read_text())
+    for told in ("no train labels", "140 train labels", "10 to 140 train labels"):
+        assert told in text
+    assert "100 %" not in text + capsys.readouterr().out
+
+
 def test_names_are_escaped(write, tmp_path):
     write("a/knn", 0.4, NASTY[:1] + "b>&", NASTY, "1", classes=(NASTY, "nv"))
     out = tmp_path / "report.html"

@@ -152,6 +152,19 @@ def test_a_class_that_the_gallery_lacks_is_said(evaluate, new_index, table):
     assert result.metrics["balanced_hit@10"].value < 2 / 3 + 1e-6
 
 
+def test_no_val_is_carved_where_nothing_is_chosen(evaluate, new_index, table):
+    data = new_index([row for row in table if row["split"] != "val"]).root
+    result = evaluate(data=data)
+    assert result.about["cost"]["labels_used"]["train"] == [result.about["data"]["splits"]["train"]]
+
+
+def test_options_that_would_change_nothing_are_refused(index, tmp_path, capsys):
+    arguments = ["--backbone", "histogram", "--data", str(index.root), "--out", str(tmp_path / "o")]
+    for options in (["--positive", "red"], ["--grades", "blue", "brown", "red"]):
+        assert main(["retrieve", *arguments, *options]) == 2
+        assert "leave --positive and --grades out" in capsys.readouterr().err
+
+
 def test_a_gallery_that_is_not_there(index, new_index, table, tmp_path, capsys):
     data = new_index([row for row in table if row["split"] != "val"]).root
     arguments = ["--backbone", "histogram", "--data", str(data), "--out", str(tmp_path / "o"), "--gallery", "val"]

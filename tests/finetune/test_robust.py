@@ -98,6 +98,8 @@ def test_the_head_is_fitted_and_chosen_on_clean_images(result, index, out, tmp_p
     probe = results.read(tmp_path / "logistic" / "results.json")
     assert result.metrics["balanced_accuracy"] == probe.metrics["balanced_accuracy"]
     assert result.about["selected"]["choices"] == probe.about["selected"]["choices"]
+    assert result.about["selected"]["grid"]["class_weight"] == "balanced", "calibrate warns by it"
+    assert "class_weight" not in results.read(out / "robust-knn/results.json").about["selected"]["grid"]
     mine, theirs = result.predictions(), probe.predictions()
     for name in theirs:
         np.testing.assert_array_equal(mine[name], theirs[name])

@@ -10,6 +10,7 @@ import pytest
 from finetune import adapt, metrics, probe, results, scaling, scaling_page, ways
 from finetune.__main__ import main
 from finetune.resample import enough
+from tests.finetune.judging import point
 from tests.finetune.looked import look
 
 FAST = ["--epochs", 1, "--steps", 1, "--train-batch", 8, "--lr", 1e-3]
@@ -46,9 +47,10 @@ def test_every_possible_cell_is_there_and_is_a_result_of_its_own(done):
         cell = results.read(done.path.parent / row["result"])
         assert cell.protocol == row["method"]
         assert cell.about["data"]["labels"] == row["share"]
+        assert cell.about["selected"]["grid"].get("class_weight") == (None if row["method"] == "knn" else "balanced")
         assert row["labels"] == np.mean(cell.about["cost"]["labels_used"]["train"])
         predictions = cell.predictions()
-        each = [metrics.point("balanced_accuracy", predictions["y"], run) for run in predictions["scores"]]
+        each = [point("balanced_accuracy", predictions["y"], run) for run in predictions["scores"]]
         assert row["seeds"] == pytest.approx(each, abs=1e-9)
         assert row["value"] == pytest.approx(np.mean(each))
         assert row["value"] == pytest.approx(cell.metrics["balanced_accuracy"].value, abs=1e-6)
@@ -70,7 +72,7 @@ def test_bands_hold_groups_and_seeds(done):
     by_hand = []
     for groups, seeds in zip(drawn[:40], picked, strict=False):
         rows = np.concatenate([np.flatnonzero(group == names[g]) for g in groups])
-        by_hand.append(np.mean([metrics.point("balanced_accuracy", y[rows], runs[s][rows]) for s in seeds]))
+        by_hand.append(np.mean([point("balanced_accuracy", y[rows], runs[s][rows]) for s in seeds]))
     np.testing.assert_allclose(done.predictions()["drawn"][0, :40], by_hand, atol=1e-9)
 
 

@@ -7,8 +7,10 @@ import re
 
 import pytest
 
-from finetune import studies
+from finetune import studies, study, study_page
 from finetune.__main__ import main, parser
+from hybridssl.errors import UserError
+from hybridssl.page import Page
 from pretrain.command import load
 from tests.finetune import looked
 
@@ -33,7 +35,7 @@ steps:
     run: finetune probe --methods logistic --backbone {each} --data {data} --out {out}
   - title: Verdict
     why: In pairs.
-    run: finetune compare {results}/linear-probe/*/logistic --out {out}
+    run: finetune compare {results}/linear-probe/*/logistic --overwrite --out {out}
   - title: Subgroups
     if: column
     run: finetune fair {results}/linear-probe/{first}/logistic --by {column} --out {out}
@@ -47,8 +49,8 @@ def test_the_five_studies_are_there():
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_every_command_is_one_of_ours(name, tmp_path):
-    study = studies.read(name)
-    steps = studies.plan(study, studies.fill(study, GIVEN[name]), tmp_path)
+    found = studies.read(name)
+    steps = studies.plan(found, studies.fill(found, GIVEN[name]), tmp_path)
     assert all(step.commands for step in steps if step.title != "Measurements of the trained segmenter")
     for step in steps:
         for words in step.commands.values():
@@ -62,9 +64,9 @@ def test_every_command_is_one_of_ours(name, tmp_path):
 
 
 def test_many_values_become_words_and_an_option_without_any_goes(tmp_path):
-    study = studies.read("mitosis-lora-scaling")
-    one = studies.plan(study, studies.fill(study, ["data=d", "backbones=a"]), tmp_path)[0]
-    two = studies.plan(study, studies.fill(study, ["data=d", "backbones=a,b,c", "seeds=7"]), tmp_path)[0]
+    found = studies.read("mitosis-lora-scaling")
+    one = studies.plan(found, studies.fill(found, ["data=d", "backbones=a"]), tmp_path)[0]
+    two = studies.plan(found, studies.fill(found, ["data=d", "backbones=a,b,c", "seeds=7"]), tmp_path)[0]
     assert "--also" not in next(iter(one.commands.values()))
     words = next(iter(two.commands.values()))
     assert words[words.index("--also") : words.index("--data")] == ["--also", "b", "c"]
@@ -123,6 +125,41 @@ def test_a_failing_step_keeps_what_is_done(index, tmp_path, capsys):
     assert "step 'Linear probe' stopped with code 2" in capsys.readouterr().err
     assert len(json.loads((out / "done.json").read_text())) == 1
     assert not (out / "report.html").exists()
+
+
+def test_what_takes_all_there_is_runs_again_when_there_is_more(index, tmp_path, monkeypatch, capsys):
+    """A backbone that is added later is in the comparison too, also when the study was cut off before it."""
+    (tmp_path / "mine.yaml").write_text(MINE)
+    ran, fails = [], []
+
+    def execute(words, title):
+        if title in fails:
+            raise UserError("cut off")
+        ran.append(title)
+
+    monkeypatch.setattr(study, "_execute", execute)
+    words = ["study", "--out", str(tmp_path / "out"), str(tmp_path / "mine.yaml"), f"data={index.root}"]
+    monkeypatch.setattr(study_page, "page", lambda *a: Page("none", ""))
+    assert main([*words, "backbones=a"]) == 0
+    assert main([*words, "backbones=a,b", "--dry-run"]) == 0
+    assert "Verdict: finetune compare" in capsys.readouterr().out.splitlines()[-1]
+    fails.append("Verdict")
+    assert main([*words, "backbones=a,b"]) == 2
+    fails.clear()
+    assert main([*words, "backbones=a,b"]) == main([*words, "backbones=a,b"]) == 0
+    assert ran == ["Linear probe", "Verdict", "Linear probe", "Verdict"]
+    done = json.loads((tmp_path / "out/done.json").read_text())
+    assert len(done) == len(set(done)) == 3
+
+
+def test_the_suite_compares_with_the_first_backbone(tmp_path):
+    """Not with the first path of a sorted glob, which is the histogram's."""
+    for name, place in (("derm-suite", "linear-probe"), ("natural-vs-domain", "linear-head-on-frozen-features")):
+        found = studies.read(name)
+        filled = studies.plan(found, studies.fill(found, ["data=d", "backbones=models/mine,histogram"]), tmp_path)
+        (words,) = [w for step in filled for w in step.commands.values() if "compare" in w]
+        assert words[words.index("--against") + 1] == str(tmp_path / place / "mine" / "logistic")
+        assert "--overwrite" in words
 
 
 def test_the_list_and_the_needs_of_a_study(capsys):

@@ -379,6 +379,7 @@ def test_the_verb_on_clip_with_several_labels(new_index, table, tmp_path):
         (["histogram"], "histogram knows no words"),
         (["random:timm:test_vit"], "timm:test_vit knows no words"),
         (["hf:x", "--encoder", "y"], "read by its own text half"),
+        (["hf:x", "--labels", "0.1"], "zeroshot uses no train label"),
     ],
 )
 def test_the_verb_refuses_what_knows_no_words(index, tmp_path, options, message, capsys):
