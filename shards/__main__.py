@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.table import Table
 
 from shards import audit_verb, build, build_verb, demo, scan
+from shards.address import public
 from shards.errors import DataError
 from shards.index import Index
 from shards.progress import bar
@@ -145,7 +146,7 @@ def _stats(args: argparse.Namespace) -> None:
             index.verify()
     found = stats(index)
     _print_classes(index, found)
-    _summary(index, f"python -m hybridssl doctor --data {args.folder}", found)
+    _summary(index, f"python -m hybridssl doctor --data {public(str(args.folder))}", found)
     if args.verify:
         console.print("every checksum agrees")
 

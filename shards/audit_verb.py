@@ -6,6 +6,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
+from shards.address import public
 from shards.index import Index
 from shards.progress import bar
 from shards.terminal import Terminal
@@ -57,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
     write(found.document, path)
     page = import_module("finetune.audit_page")
     page.write(found, args.out / "audit.html")
-    console = Terminal(soft_wrap=True, highlight=False)
+    console, folder = Terminal(soft_wrap=True, highlight=False), public(str(args.folder))
     console.print(page.answer(found.document))
     console.print(f"wrote {path} and {args.out / 'audit.html'}: look at it")
     if found.document["drop"] or found.document["leaks"]:
-        console.print(f"next: accelerate launch pretrain data.train={args.folder} stream.exclude={path} out=runs/NAME")
+        console.print(f"next: accelerate launch pretrain data.train={folder} stream.exclude={path} out=runs/NAME")
     else:
-        console.print(f"next: python -m hybridssl doctor --data {args.folder}")
+        console.print(f"next: python -m hybridssl doctor --data {folder}")

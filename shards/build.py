@@ -179,6 +179,8 @@ def _audited(options: BuildOptions, rows: Sequence[Row]) -> frozenset[str]:
     path = Path(options.drop_duplicates)
     try:
         audit = json.loads(path.read_text(encoding="utf-8"))
+        if audit.get("format") != "hybridssl-audit":
+            raise ValueError
         drop = frozenset(str(key) for name in ("drop", "leaks") for key in audit.get(name, ()))
     except (OSError, ValueError, AttributeError, TypeError):
         raise DataError(f"--drop-duplicates {path}: no audit.json that can be read") from None

@@ -55,6 +55,8 @@ class BuildOptions:
         shares = parse_split(self.split) if self.split else []
         need(bool(shares) or not (self.by or self.stratify or self.keep_splits), "--by, --stratify and --keep-splits "
              "say how to --split: add for example --split 70/10/20")  # fmt: skip
+        need(self.stratify or not self.keep_splits, "--keep-splits goes with --stratify: without it a patient's split "
+             "hangs on nothing but their name and --split-seed, and stays as it is")  # fmt: skip
         unknown = [name for name in self.levels if name not in FOLDER_ROLES]
         need(not unknown, f"--folders {self.folders}: a level is one of {', '.join(FOLDER_ROLES)}, as in split/label")
         need(1 <= self.channels <= MAX_CHANNELS, f"--channels {self.channels}: 1 to {MAX_CHANNELS} can be read")

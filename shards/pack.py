@@ -16,7 +16,7 @@ import numpy as np
 from shards import readers
 from shards.encode import encode, shrink
 from shards.errors import DataError
-from shards.format import decode, decode_mask, extension, hash64, short_side
+from shards.format import decode, extension, hash64, mask_values, short_side
 from shards.options import BuildOptions
 from shards.sources import Frame, choose, error_name, fill_bits, frames
 from shards.split import parse_split, split_of
@@ -181,7 +181,7 @@ def _members(row: Row, options: BuildOptions, image: _Image) -> dict[str, bytes]
     group = row.group or image.said.get("group") or meta.get("study", "") or (row.name if image.count > 1 else "")
     split = row.split
     if options.split and not options.stratify:
-        by = meta.get(options.by, "") if _by_meta(options) else group
+        by = (_by_meta(options) and meta.get(options.by)) or group
         split = split_of(str(by or row.name), parse_split(options.split), options.split_seed)
     labels = row.labels
     about = {
@@ -220,16 +220,18 @@ def _by_meta(options: BuildOptions) -> bool:
 
 
 def _mask(path: Path, size: tuple[int, int] | None) -> bytes:
-    """The mask as PNG: as it is, or (of another type, or of a shrunken image) black and white."""
+    """The mask as PNG: as it is; of another type black and white; of a shrunken image as small, its numbers kept."""
     try:
         data = _read(path)
-        if extension(data) == "png" and size is None:
-            decode_mask(data)
-            return data
-        values = decode_mask(data) if extension(data) == "png" else decode(data, 0, 1)[..., 0] > 127  # JPEG rings
+        png = extension(data) == "png"
+        values = mask_values(data) if png else (decode(data, 0, 1)[..., 0] > 127) * 255  # JPEG rings
     except DataError as error:
         raise DataError(f"its mask: {error}") from None
-    mask = values.astype(np.uint8) * 255
+    if png and size is None:
+        return data
+    mask = values.astype(np.uint16 if values.max(initial=0) > 255 else np.uint8)
+    if size is not None and abs(mask.shape[0] * size[1] - mask.shape[1] * size[0]) > max(*mask.shape, *size):
+        raise DataError(f"its mask is {mask.shape[1]} x {mask.shape[0]}, and the image has another shape")
     if size is not None and mask.shape != size:
         mask = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST)
     return cv2.imencode(".png", mask)[1].tobytes()

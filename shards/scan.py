@@ -55,9 +55,19 @@ def write(
 
 def shard(path: Path, source: str = "", split: str = "") -> tuple[dict[str, Any], list[Record]]:
     """One tar: what the index says of the shard, and a plain record (it goes into JSON) of each of its samples."""
+    found, alone = [], set()  # alone: keys of members without an image beside them
     with path.open("rb") as file:
-        records = [_record(file, key, members, source, split) for key, members in samples(path)]
-    found = [record for record in records if record is not None]
+        for key, members in samples(path):
+            record = _record(file, key, members, source, split)
+            if record is None:
+                alone.add(key)
+            else:
+                found.append(record)
+    if lost := next((record["key"] for record in found if record["key"] in alone), ""):
+        raise DataError(
+            f"{path}: the members of sample {lost!r} do not lie together, so its label would be lost: pack the files "
+            "again in the order of their names (tar --sort=name)"
+        )
     about = {"name": path.name, "samples": len(found), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
     return about, found
 

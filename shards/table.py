@@ -225,4 +225,5 @@ class _Finder:
 
 
 def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # macOS writes é as two characters
+    """As it is stored: macOS writes é as two characters, and old archives bytes that are no UTF-8."""
+    return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode())

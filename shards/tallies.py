@@ -40,7 +40,9 @@ def columns(index: Index) -> dict[str, list[str]]:
             continue
         for name, value in row.items():
             if isinstance(value, str | int | float) and value != "":
-                table.setdefault(name, [""] * len(index))[i] = str(value)
+                if name not in table:
+                    table[name] = [""] * len(index)
+                table[name][i] = str(value)
     return dict(sorted(table.items()))
 
 

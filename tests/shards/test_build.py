@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from shards.build import BuildOptions, build
 from shards.errors import DataError
-from shards.format import decode, decode_mask
+from shards.format import decode, decode_mask, mask_values
 from shards.index import Index
 from shards.pack import key_of
 from shards.split import parse_split, split_of
@@ -116,6 +117,45 @@ def test_shrinking(photos: Path, tmp_path: Path, write_table: Table) -> None:
     assert decode(sample.image).shape == (24, 32, 3)
     assert sample.mask is not None
     assert np.array_equal(decode_mask(sample.mask), np.tile(np.arange(32) >= 16, (24, 1)))
+
+
+def test_a_shrunken_mask_keeps_its_numbers_and_its_shape(photos: Path, tmp_path: Path, write_table: Table) -> None:
+    mask = np.zeros((48, 64), np.uint8)
+    mask[:, 32:] = 2
+    cv2.imwrite(str(tmp_path / "m.png"), mask)
+    cv2.imwrite(str(tmp_path / "tall.png"), mask.T)
+    names = {"bild 01.v1 ä": "m.png", "bild 03.v1 ä": "tall.png"}
+    table = write_table(tmp_path / "t.csv", [{"path": path, "mask": mask} for path, mask in names.items()])
+    built = build(photos / "images", tmp_path / "out", table, BuildOptions(short_side=24))
+    kept = built.index.read(0).mask
+    assert len(built.index) == 1
+    assert kept is not None
+    assert np.array_equal(mask_values(kept), 2 * np.tile(np.arange(32) >= 16, (24, 1)))
+    assert "its mask is 48 x 64, and the image has another shape" in (tmp_path / "out/quarantine.jsonl").read_text()
+
+
+def test_a_table_of_classes_written_by_hand_outlives_a_new_build(photos: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        build(photos / "images", tmp_path / "out", options=BuildOptions(overwrite=True))
+        classes = tmp_path / "out" / "classes.csv"
+        assert not classes.is_file() or classes.read_text() == "class\nnevus\n"
+        classes.write_text("class\nnevus\n")
+    build(photos / "images", tmp_path / "out", options=BuildOptions(overwrite=True))
+    assert classes.read_text() == "class\nnevus\n"
+
+
+def test_a_name_that_is_no_utf8_is_packed(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"M\xfcller.jpg", b"plain.jpg"):
+        (folder / os.fsdecode(name)).write_bytes(jpeg(len(name)))
+    index = build(folder, tmp_path / "out").index
+    assert sorted(by_path(index)) == ["M\\udcfcller.jpg", "plain.jpg"]
+
+
+def test_what_drops_duplicates_must_be_an_audit(photos: Path, index: Index, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no audit\.json that can be read"):
+        build(photos / "images", tmp_path / "out", options=BuildOptions(drop_duplicates=str(index.root / "index.json")))
 
 
 def test_the_length_of_a_pixel_is_that_of_the_stored_image(tmp_path: Path, write_table: Table) -> None:

@@ -84,6 +84,13 @@ def test_select_by_split(index: Index) -> None:
         index.select(["val"])
 
 
+def test_members_that_lie_apart_are_named(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    images = [(f"{i}.jpg", jpeg(i)) for i in range(3)]
+    write_tar(tmp_path / "a.tar", [*images, *((f"{i}.cls", b"1") for i in range(3))])
+    with pytest.raises(DataError, match=r"a\.tar: the members of sample '0' do not lie together"):
+        scan.write(tmp_path)
+
+
 def test_foreign_tars_are_indexed_where_they_lie(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
     members = [
         ("in/0001.jpg", jpeg(1)),

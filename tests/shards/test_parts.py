@@ -174,11 +174,11 @@ def test_an_audit_says_what_to_leave_out(mixed: Path, tmp_path: Path) -> None:
     index = build(mixed, tmp_path / "first", options=SEVEN).index
     keys = [index.key(i) for i in range(len(index))]
     audit = tmp_path / "audit.json"
-    audit.write_text(json.dumps({"drop": keys[:2], "leaks": keys[4:5], "anything": 1}))
+    audit.write_text(json.dumps({"format": "hybridssl-audit", "drop": keys[:2], "leaks": keys[4:5], "anything": 1}))
     built = build(mixed, tmp_path / "second", options=replace(SEVEN, drop_duplicates=str(audit)))
     assert {built.index.key(i) for i in range(len(built.index))} == set(keys) - {*keys[:2], keys[4]}
     assert built.dropped == 3
-    audit.write_text(json.dumps({"drop": ["of-another-index"]}))
+    audit.write_text(json.dumps({"format": "hybridssl-audit", "drop": ["of-another-index"]}))
     with pytest.raises(DataError, match="none of its 1 keys is of these images"):
         build(mixed, tmp_path / "third", options=replace(SEVEN, drop_duplicates=str(audit)))
     audit.write_text("[]")

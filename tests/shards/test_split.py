@@ -80,6 +80,25 @@ def test_stratified_build_then_a_larger_one(
     assert Counter(second.values()) == {"train": 10, "test": 10}
     with pytest.raises(DataError, match="add for example --split 70/10/20"):
         BuildOptions(stratify=True)
+    with pytest.raises(DataError, match="--keep-splits goes with --stratify"):
+        BuildOptions(split="50/50", keep_splits=str(tmp_path / "first"))
+
+
+def test_without_a_value_of_the_column_a_patient_stays_together(
+    tmp_path: Path, jpeg: Callable[..., bytes], write_table: Callable[..., Path]
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = [{"path": f"{i}.jpg", "patient": f"p{i // 3}", "family": "f" if i >= 30 else ""} for i in range(60)]
+    for i in range(60):
+        (images / f"{i}.jpg").write_bytes(jpeg(i, 8, 8))
+    table = write_table(tmp_path / "t.csv", rows)
+    index = build(images, tmp_path / "out", table, BuildOptions({"group": "patient"}, split="50/50", by="family")).index
+    found: dict[str, set[str]] = {}
+    for sample in (index.read(i) for i in range(len(index))):
+        found.setdefault(sample.group, set()).add(sample.split)
+    assert all(len(splits) == 1 for splits in found.values())
+    assert len(set().union(*found.values())) == 2
 
 
 def test_pages_stay_in_the_split_of_their_file(tmp_path: Path) -> None:
