@@ -146,4 +146,5 @@ def _export(folder: Path, fresh: bool, device: str, size: int | None) -> Encoder
         channels=own_size[0],
         digests=_digests(folder),
         device=device,
+        reading=foreign.FC_NORM if foreign.norms_late(model) else "",
     )

@@ -34,6 +34,7 @@ class Encoder:
     digests: np.ndarray | None = None  # int64: images that its pretraining read; None: not recorded
     device: str = "cpu"
     model: nn.Module | None = None  # what `tokens` runs; None for the histogram, which has no weights
+    reading: str = ""  # how the same weights are read since it changed: kept features of before are not taken for these
 
     def about(self) -> dict[str, Any]:
         """What results.json says of a backbone."""

@@ -14,6 +14,8 @@ from finetune.encoder import Encoder, Pair, from_model
 from hybridssl import hub, trust
 from hybridssl.errors import UserError
 
+FC_NORM = "fc_norm"  # Encoder.reading of models that norm late
+
 
 def create(spec: str, name: str, size: int | None = None, **arguments: Any) -> nn.Module:
     """timm.create_model, laid out for `size` where the architecture has to know. UserError names `spec`."""
@@ -74,6 +76,7 @@ def from_timm(spec: str, fresh: bool, device: str, size: int | None) -> Encoder:
         mean=about["mean"],
         std=about["std"],
         device=device,
+        reading=FC_NORM if norms_late(model) else "",
     )
 
 
@@ -84,10 +87,11 @@ def width(model: nn.Module) -> int:
 def forward_of(model: Any) -> Callable[[Tensor], Pair]:
     """cls is the class token after the final norm; a model without one gives what its own head would be fed."""
     prefix = int(getattr(model, "num_prefix_tokens", 0) or 0)
-    has_cls = getattr(model, "cls_token", None) is not None
+    has_cls, late = getattr(model, "cls_token", None) is not None, norms_late(model)
 
     def forward(images: Tensor) -> Pair:
         x = model.forward_features(images)
+        x = model.fc_norm(x) if late else x
         cls = x[:, 0] if has_cls and x.ndim == 3 else model.forward_head(x, pre_logits=True)
         if x.ndim == 3:
             return cls, x[:, prefix:]
@@ -96,6 +100,14 @@ def forward_of(model: Any) -> Callable[[Tensor], Pair]:
         return cls, patches if patches is not None and patches.shape[-1] == cls.shape[-1] else None
 
     return forward
+
+
+def norms_late(model: Any) -> bool:
+    """Whether a model with a class token (BEiT, EVA-02) has its final norm behind the pooling, as `fc_norm`: what
+    `forward_features` gives is then the residual stream, a few of whose numbers drown all others."""
+    norms = [getattr(model, name, None) or nn.Identity() for name in ("norm", "fc_norm")]
+    there = [not isinstance(norm, nn.Identity) for norm in norms]
+    return getattr(model, "cls_token", None) is not None and there == [False, True]
 
 
 def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> Encoder:

@@ -168,7 +168,9 @@ class Task:
         if (self.index.column("group")[self.features.numbers] == 0).all():
             said.append("the index has no groups: intervals resample images, too narrow if patients have several")
         units = len(np.unique(self.features.group[self.test]))
-        if units < FEW:
+        if units == 1:
+            said.append("test is of one patient or lesion: there is no interval, and nothing to compare by")
+        elif units < FEW:
             what = "images" if units == len(self.test) else "patients or lesions"
             said.append(f"test has only {units:,} {what}: with fewer than {FEW}, the 95 % intervals are too narrow")
         if self.features.bad:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hybridssl import optim, run
 from hybridssl.errors import UserError
+from hybridssl.objectives import ObjectiveOptions
 from hybridssl.student import Student
 from pretrain.recipe import Recipe
 
@@ -49,18 +50,18 @@ class Branch:
 def take(recipe: Recipe, learner: Student, teacher: Student) -> Branch:
     """Load the weights of `recipe.branch` (a run folder or one of its checkpoints) into both, on the CPU and whole.
 
-    An objective goes on if it has the tensors that it had there, by name and shape, and begins anew otherwise.
+    An objective goes on if it has the tensors that it had there, by name, shape and meaning; else it begins anew.
     Raises UserError when there is no such checkpoint, or its backbone, batch size or length is another.
     """
     folder = run.latest(recipe.branch)
     state, tensors = run.read_state(folder), run.read_tensors(folder)
     _check(recipe, folder, state)
-    kept, begun = ["backbone."], []
+    kept, begun, options = ["backbone."], [], state["recipe"].get("objectives", {})
     for name, objective in learner.each().items():
         same = all(
             _shapes(own.state_dict()) == _shapes(_below(tensors, f"{who}.objectives.{name}."))
             for who, own in (("student", objective), ("teacher", teacher.each()[name]))
-        )
+        ) and _means_the_same(recipe.objectives[name], options.get(name, {}))
         kept += [f"objectives.{name}."] if same else []
         begun += [] if same else [name]
     for who, model in (("student", learner), ("teacher", teacher)):
@@ -76,6 +77,13 @@ def take(recipe: Recipe, learner: Student, teacher: Student) -> Branch:
     return Branch(folder, state["step"], position, tuple(kept), tuple(begun), before)
 
 
+def _means_the_same(now: ObjectiveOptions, there: Mapping[str, Any]) -> bool:
+    """Whether tensors of like shapes stand for the same thing: a head that began at random is none that is to begin at
+    words, and that of one column none of another."""
+    keys = [key for key in ("init", "kind", "head", "ontology", "columns") if hasattr(now, key) and key in there]
+    return all(there[key] == getattr(now, key) for key in keys)
+
+
 def lineage(state: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """What a checkpoint's weights have learnt from: until which step, and from which images."""
     data = state["data"]
@@ -87,7 +95,7 @@ def digests(recipe: Recipe, own: np.ndarray) -> np.ndarray:
     """Of all images that the weights may have seen: `own`, and those of the run that this is a branch of."""
     if not recipe.branch:
         return own
-    named = Path(recipe.branch)
+    named = Path(recipe.branch).absolute()  # or `step-100`, named from inside its folder, would have no parents
     origin = named if run.checkpoints(named) else named.parent.parent
     files = [place / DIGESTS for place in (origin, Path(recipe.out))]  # its own, where it goes on without the other
     return np.unique(np.concatenate([own, *(load_file(file)["digest"] for file in files if file.is_file())]))

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
+from hybridssl import dist
 from hybridssl.errors import UserError
 from shards.errors import DataError
 from shards.format import decode
@@ -146,7 +147,7 @@ def machine(candidates: Sequence[str] = ()) -> Machine:
     processes = int(os.environ.get("WORLD_SIZE", 0)) or max(gpus, 1)
     devices = [torch.cuda.get_device_properties(i) for i in range(gpus)]
     return Machine(
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=dist.cores(),
         memory=_memory() / 2**30,
         gpus=gpus,
         gpu=devices[0].name if gpus else "",

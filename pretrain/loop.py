@@ -94,7 +94,7 @@ def train(recipe: Recipe) -> int:
     if begun:
         log.say(str(begun))
     keeper = Keeper(recipe, accelerator, index, len(log.selected), before)
-    best = Best(recipe.probe.early_stop, dist.of_first(lambda: log.lines), since=log.small)
+    best = Best(recipe.probe.early_stop, dist.of_first(lambda: log.lines), since=max(log.turns))
     stop, watchdog = Stop(), Watchdog(60 * recipe.timeout, rank, stream.whereabouts)
     if best.enough:  # it had ended early, and was started again
         stop.reason = ENOUGH

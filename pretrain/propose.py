@@ -107,10 +107,12 @@ def _labels(plan: Proposal, draft: Draft, data: Data) -> None:
         return
     reason = "no image names two classes" if not data.several else f"{data.several:.1%} of them name two or more"
     reason += f"; {data.labelled / data.images:.0%} of all images are labelled, and "
-    keys: dict[str, Any] = {"objectives.labels.kind": draft.labels}
-    if start := rules.label_start(data.labelled, data.images, draft.continuing):
+    kind = drafts.given(plan.fixed, "objectives.labels.kind", draft.labels)
+    keys: dict[str, Any] = {"objectives.labels.kind": kind}
+    start = rules.label_start(data.labelled, data.images, draft.continuing)
+    if start := drafts.given(plan.fixed, "objectives.labels.start", start):
         reason += f"join after {start:.0%} of the run, as they come: few are soon learnt by heart"
-        late = {"start": start, "head_first": round(start + 0.05, 2), "adjust": draft.labels == "one_of"}
+        late = {"start": start, "head_first": round(min(start + 0.05, 1.0), 2), "adjust": kind == "one_of"}
         keys |= {"stream.labelled_fraction": 0.0, **{f"objectives.labels.{key}": value for key, value in late.items()}}
     else:
         share = rules.labelled_fraction(data.labelled, data.images)
@@ -120,7 +122,7 @@ def _labels(plan: Proposal, draft: Draft, data: Data) -> None:
         softened = {"weight": 0.5, "head": "mlp", "smoothing": 0.1, "dropout": 0.2}
         keys |= {f"objectives.labels.{key}": value for key, value in softened.items()}
         reason += "; softened, for so few are soon learnt by heart"
-    plan.choose("labels", reason, f"{draft.labels}, {len(data.per_class)} classes", **keys)
+    plan.choose("labels", reason, f"{kind}, {len(data.per_class)} classes", **keys)
 
 
 def _batch(plan: Proposal, draft: Draft, data: Data) -> None:

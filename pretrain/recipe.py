@@ -132,6 +132,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be 0 at least")
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; it must be 1 at least")
 
 
 # A resumed run may change these; any other difference would make it another run.

@@ -75,7 +75,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         kwargs_handlers=[AutocastKwargs(cache_enabled=not recipe.efficiency.sharded)],  # see sharding.shard
     )
     if accelerator.device.type == "cpu":  # the launcher allows one thread, for it expects a GPU to do the work
-        torch.set_num_threads(recipe.threads or max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        torch.set_num_threads(recipe.threads or max(1, dist.cores() // accelerator.num_processes))
         keep_freed_memory()
     return accelerator
 

@@ -139,7 +139,9 @@ def build(options: Mapping[str, ObjectiveOptions], context: Context) -> nn.Modul
     """The objectives whose weight is not zero, by name. Raises UserError for a name that has no file here, and where
     none of them starts with the run."""
     made = {name: _type(name)(o, context) for name, o in options.items() if o.weight != 0}
-    if made and not any(objective.started(0.0) for objective in made.values()):
+    if not made:
+        raise UserError("every objective has weight 0, so nothing would be learnt: give one of them more")
+    if not any(objective.started(0.0) for objective in made.values()):
         keys = ", ".join(f"objectives.{name}.start={objective.options.start}" for name, objective in made.items())
         raise UserError(f"nothing would be learnt at first ({keys}): let one of them start at 0")
     for objective in made.values():

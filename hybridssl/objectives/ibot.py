@@ -60,6 +60,11 @@ class Ibot(Distil):
                     f"objectives.ibot.head=dino, but objectives.ibot.{key}={getattr(mine, key)} and "
                     f"objectives.dino.{key}={getattr(theirs, key)}: one head has one, so give both the same"
                 )
+        if theirs.start > mine.start:
+            raise UserError(
+                f"objectives.ibot.head=dino, but the shared head rests until objectives.dino.start={theirs.start}: let "
+                f"dino start no later than ibot ({mine.start}), or set objectives.ibot.head=own"
+            )
         del self.head
         object.__setattr__(self, "head", dino.head)  # not registered here: trained, averaged and saved once, as dino's
 

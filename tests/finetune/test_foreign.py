@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
 from finetune.backbones import load
+from finetune.encoder import from_model
+from finetune.features import fingerprint
+from finetune.foreign import FC_NORM, forward_of, norms_late
 from hybridssl.errors import UserError
 from hybridssl.views import normalise
 
@@ -213,3 +217,25 @@ def test_timm_architectures_with_fresh_weights(name):
     assert found.shape == (2, encoder.dim)
     token = getattr(encoder.model, "cls_token", None) is not None
     torch.testing.assert_close(found, hidden[:, 0] if token else own, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "late"), [("beit_base_patch16_224", True), ("vit_tiny_patch16_224", False)])
+def test_tokens_of_timm_have_gone_through_the_final_norm(name, late, index):
+    """BEiT keeps its norm behind the pooling: without it, the class token is the residual stream."""
+    model = timm.create_model(name, num_classes=0, img_size=32, embed_dim=24, depth=2, num_heads=2).eval()
+    norm = model.fc_norm if late else model.norm
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    blocks, x = [], torch.rand(2, 3, 32, 32)
+    model.blocks.register_forward_hook(lambda *hooked: blocks.append(hooked[2]))
+    model.blocks[-1].register_forward_hook(lambda *hooked: blocks.append(hooked[2]))
+    with torch.no_grad():
+        cls, patches = forward_of(model)(x)
+        expected = norm(blocks[-1])
+    assert patches is not None
+    torch.testing.assert_close(cls, expected[:, 0])
+    torch.testing.assert_close(patches, expected[:, 1:])
+    assert norms_late(model) == late
+    about = {"name": name, "dim": 24, "input_size": 32, "mean": (0.5,) * 3, "std": (0.5,) * 3, "device": "cpu"}
+    before, after = (from_model(model, forward_of(model), **about, reading=r) for r in ("", FC_NORM))
+    assert fingerprint(before, index) != fingerprint(after, index), "features kept from before are not taken"

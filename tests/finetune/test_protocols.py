@@ -313,7 +313,7 @@ def test_a_test_split_of_few_patients_is_named(evaluate, new_index):
     assert any("test has only 9 patients or lesions: with fewer than 20" in note for note in few.about["notes"])
     one = [{**row, "group": "p"} if row["split"] == "test" else row for row in rows(splits={"train": 6, "test": 3})]
     alone = evaluate("knn", "--overwrite", data=new_index(one).root)
-    assert any("test has only 1 patients or lesions" in note for note in alone.about["notes"])
+    assert any("test is of one patient or lesion" in note for note in alone.about["notes"])
     assert np.isnan([m.low for m in alone.metrics.values()]).all()
 
 

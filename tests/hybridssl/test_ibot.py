@@ -151,6 +151,9 @@ def test_a_head_that_cannot_be_shared_is_named(toys) -> None:
     other = dino.Options(**{**toys.SMALL, "prototypes": 9})
     with pytest.raises(UserError, match=r"objectives\.ibot\.prototypes=7 .*objectives\.dino\.prototypes=9"):
         build({"ibot": alone, "dino": other}, toys.context())
+    late = dino.Options(**toys.SMALL, start=0.5)
+    with pytest.raises(UserError, match=r"rests until objectives\.dino\.start=0\.5"):
+        build({"ibot": alone, "dino": late}, toys.context())
 
 
 @pytest.mark.parametrize("shape", ["block", "random", "inverse_block"])

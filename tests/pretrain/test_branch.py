@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from hybridssl import run
 from hybridssl.export import export
+from hybridssl.objectives import labels
+from pretrain import branch
 from pretrain.loop import main
 from shards import demo
 from shards.index import Index
@@ -66,6 +68,13 @@ def test_labels_join_with_a_head_of_their_own(
     moments = run.read_tensors(tmp_path / "b", "optim.safetensors")
     assert moments["backbone.model.cls_token|step"] == 4
     assert moments["objectives.labels.weight|step"] == 2
+
+
+def test_an_objective_of_another_meaning_begins_anew() -> None:
+    now = labels.Options(init="text")
+    assert branch._means_the_same(now, {"init": "text", "weight": 0.5})
+    assert branch._means_the_same(now, {})  # of a version without the key
+    assert not branch._means_the_same(now, {"init": "random"})
 
 
 @pytest.mark.parametrize("late", ["labels", "ibot"])

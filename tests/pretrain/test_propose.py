@@ -218,6 +218,16 @@ def test_one_class_is_no_label() -> None:
 
 @pytest.mark.parametrize(
     ("fixed", "expected"),
+    [({"kind": "multi"}, {"adjust": False, "start": 0.7}), ({"start": 0.2}, {"head_first": 0.25, "adjust": True})],
+)
+def test_late_labels_follow_what_is_fixed_of_them(fixed: dict, expected: dict) -> None:
+    data, fixed = Data(7_037, short_side=150, per_class=CLASSES), {"objectives": {"labels": fixed}}
+    labels = resolve(Recipe, [propose(data, TWO_CORES, fixed).tree(), fixed]).objectives["labels"]
+    assert {key: getattr(labels, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("fixed", "expected"),
     [
         ({"batch": {"size": 8}}, {"batch.size": 8, "batch.micro": 8, "objectives.spread.group": 8}),
         ({"batch": {"size": 96, "micro": 24}}, {"batch.micro": 24, "objectives.spread.group": 12}),
