@@ -19,6 +19,10 @@ HAM = {  # how pages call the arms of benchmarks/ham.py
 BUDGET = {  # and those of `benchmarks/budget.py --size cpu`
     "late, text prototypes": "hybrid-late-text",
     "late, random prototypes": "hybrid-late",
+    "late, words that learn first": "hybrid-late-text-warm",
+    "late, words frozen": "hybrid-late-text-frozen",
+    "late, random, drawn class by class": "hybrid-late-balanced",
+    "late, domain removed": "hybrid-late-no-domain",
     "no labels": "ssl",
     "labels alone": "labels",
     "random weights": "random",

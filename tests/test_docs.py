@@ -247,7 +247,7 @@ def test_figures_stand_in_their_own_cells() -> None:
             written.append(line)
             columns = ["ham linear 10 %", "ham linear", "ham knn", "composite"]
             assert line == figures.budget_row(line.split(" | ")[0][2:], columns)
-    assert len(written) == 8
+    assert len(written) == 13
     gap = {name: figures.interval(row, "+") for name, row in figures.read("ham-cpu")["differences"].items()}
     text, shift = " ".join(page.split()), figures.read("pad")["shift"]["logistic"]
     assert f"over five draws of that tenth, {gap['ssl - histogram, logistic, labels 0.1x5']}, and" in text
@@ -263,7 +263,7 @@ def test_figures_stand_in_their_own_cells() -> None:
         f"is at {seeds('hybrid-late-text', unseen)} with late labels and at {seeds('ssl', unseen)} without any." in text
     )
     words = figures.budget_gap("late, text prototypes", "late, random prototypes")[tenth]
-    assert f"one seed, {words} on the tenth." in text
+    assert f"{words} on the tenth over two seeds" in text
     home, away = (
         {arm: figures.interval(shift[arm]["metrics"][which]) for arm in ("ham-hybrid", "ham-ssl", "histogram")}
         for which in ("in_domain", "out_of_domain")
