@@ -14,7 +14,7 @@ class Best:
 
     def __init__(self, patience: int, lines: Iterable[Mapping[str, Any]] = (), since: int = 0) -> None:
         """patience: probes without a better one after which it is `enough`; 0: never. lines: what was logged before.
-        since: the step until which nobody loses patience, for crops are still small."""
+        since: the step until which nobody loses patience: crops are still small, or an objective has not started."""
         self.patience, self.since = patience, since
         self.value, self.step, self.waited = -math.inf, 0, 0
         for line in lines:

