@@ -20,8 +20,10 @@ from torch import Tensor
 from hybridssl import optim, run
 from hybridssl.errors import UserError
 from hybridssl.objectives import ObjectiveOptions
+from hybridssl.recipe import differences, to_dict
 from hybridssl.student import Student
 from pretrain.recipe import Recipe
+from shards.index import Index
 
 DIGESTS = "pretraining.safetensors"
 
@@ -47,7 +49,7 @@ class Branch:
         optim.load_named_state(optimizer, learner, {k: v for k, v in moments.items() if k.startswith(self.kept)})
 
 
-def take(recipe: Recipe, learner: Student, teacher: Student) -> Branch:
+def take(recipe: Recipe, index: Index, learner: Student, teacher: Student) -> Branch:
     """Load the weights of `recipe.branch` (a run folder or one of its checkpoints) into both, on the CPU and whole.
 
     An objective goes on if it has the tensors that it had there, by name, shape and meaning; else it begins anew.
@@ -57,11 +59,13 @@ def take(recipe: Recipe, learner: Student, teacher: Student) -> Branch:
     state, tensors = run.read_state(folder), run.read_tensors(folder)
     _check(recipe, folder, state)
     kept, begun, options = ["backbone."], [], state["recipe"].get("objectives", {})
+    classes = state["data"].get("classes") == list(index.classes)
     for name, objective in learner.each().items():
         same = all(
             _shapes(own.state_dict()) == _shapes(_below(tensors, f"{who}.objectives.{name}."))
             for who, own in (("student", objective), ("teacher", teacher.each()[name]))
-        ) and _means_the_same(recipe.objectives[name], options.get(name, {}))
+        )
+        same &= _means_the_same(recipe.objectives[name], options.get(name, {})) and (classes or not objective.per_class)
         kept += [f"objectives.{name}."] if same else []
         begun += [] if same else [name]
     for who, model in (("student", learner), ("teacher", teacher)):
@@ -69,7 +73,7 @@ def take(recipe: Recipe, learner: Student, teacher: Student) -> Branch:
             found = _below(tensors, f"{who}.{prefix}")
             own = model.get_submodule(prefix.removesuffix("."))
             if prefix == "backbone." and _shapes(own.state_dict()) != _shapes(found):
-                raise UserError(f"branch: {folder} holds another backbone than the recipe's ({recipe.backbone.name})")
+                raise UserError(_unlike(recipe, folder, state))
             own.load_state_dict(found)
     for name in begun:  # what compares with the backbone as it was means this one
         teacher.each()[name].begin(teacher.backbone)
@@ -95,10 +99,14 @@ def digests(recipe: Recipe, own: np.ndarray) -> np.ndarray:
     """Of all images that the weights may have seen: `own`, and those of the run that this is a branch of."""
     if not recipe.branch:
         return own
-    named = Path(recipe.branch).absolute()  # or `step-100`, named from inside its folder, would have no parents
-    origin = named if run.checkpoints(named) else named.parent.parent
-    files = [place / DIGESTS for place in (origin, Path(recipe.out))]  # its own, where it goes on without the other
+    files = [place / DIGESTS for place in (_origin(recipe), Path(recipe.out))]  # its own, where it goes on without it
     return np.unique(np.concatenate([own, *(load_file(file)["digest"] for file in files if file.is_file())]))
+
+
+def _origin(recipe: Recipe) -> Path:
+    """The run folder that `recipe.branch` is, or lies in."""
+    named = Path(recipe.branch).absolute()  # or `step-100`, named from inside its folder, would have no parents
+    return named if run.checkpoints(named) else named.parent.parent
 
 
 def _check(recipe: Recipe, folder: Path, state: Mapping[str, Any]) -> None:
@@ -113,6 +121,25 @@ def _check(recipe: Recipe, folder: Path, state: Mapping[str, Any]) -> None:
             f"branch: {folder} is at step {state['step']}, where this run ends (steps={recipe.steps}): name an "
             "earlier checkpoint, or raise steps"
         )
+    if not (seen := _origin(recipe) / DIGESTS).is_file():
+        raise UserError(
+            f"branch: {seen} is missing, by which evaluation knows the images that the weights of {folder} have seen: "
+            "name the checkpoint inside its run folder, or copy the file along to where it is looked for"
+        )
+
+
+def _unlike(recipe: Recipe, folder: Path, state: Mapping[str, Any]) -> str:
+    """Why its backbone does not fit."""
+    there, own = state["backbone"], to_dict(recipe.backbone)
+    size = there["options"].get("image_size") or there["image_size"]
+    changed = differences(there["options"], own, ("image_size", "weights"))
+    if not changed and size != (recipe.backbone.image_size or recipe.views.global_size):
+        return (
+            f"branch: {folder} has position embeddings for {size} px. Add backbone.image_size={size}: they are "
+            "resampled for views of another size as they come"
+        )
+    keys = "".join(f"\n  backbone.{line}" for line in changed)
+    return f"branch: {folder} holds another backbone than the recipe's ({recipe.backbone.name}){':' * bool(keys)}{keys}"
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

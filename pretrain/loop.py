@@ -67,7 +67,7 @@ def train(recipe: Recipe) -> int:
     learner = build_student(recipe, index, micro, announce=accelerator.is_main_process and state is None)
     learner = synchronised(learner, device)  # batch norms, where the backbone has any
     teacher = student.make_teacher(learner)
-    begun = branch.take(recipe, learner, teacher) if recipe.branch and not state else None
+    begun = branch.take(recipe, index, learner, teacher) if recipe.branch and not state else None
     for one in (learner, teacher):
         efficiency.apply(one.backbone, recipe.efficiency)
     model = spread(accelerator, recipe, learner, teacher)

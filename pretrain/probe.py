@@ -24,15 +24,8 @@ class InLoopProbe:
 
     def __init__(self, recipe: Recipe, index: Index) -> None:
         self.recipe = recipe
-        self.home = _Judged(recipe.data.open(recipe.data.probe) if recipe.data.probe else index, recipe)
-        self.kept = _Judged(recipe.data.open(recipe.probe.keep), recipe) if recipe.probe.keep else None
-        if self.kept and not self.kept.useful:
-            raise UserError(f"probe.keep={self.kept.index}: needs two labelled classes in its train and val splits")
-        if self.kept and self.kept.index.channels != index.channels:
-            raise UserError(
-                f"probe.keep={self.kept.index} has images of {self.kept.index.channels} channels, "
-                f"{index} of {index.channels}: name a set like the one that is trained on"
-            )
+        self.home = _named("data.probe", recipe.data.probe, recipe, index) or _Judged(index, recipe)
+        self.kept = _named("probe.keep", recipe.probe.keep, recipe, index)
 
     def due(self, step: int) -> bool:
         regular = step % self.recipe.probe.every == 0 or step == self.recipe.steps
@@ -72,3 +65,18 @@ class _Judged:
         shares = np.resize(numbers, (dist.world_size(), -(-len(numbers) // dist.world_size())))
         mine = data.features(backbone, self.index, shares[dist.rank()], self.recipe.views)
         return np.concatenate(dist.gather_objects(mine))[: len(numbers)]
+
+
+def _named(key: str, root: str, recipe: Recipe, index: Index) -> _Judged | None:
+    """The set that `key` names, if it names one. Raises UserError where nothing can be judged on it."""
+    if not root:
+        return None
+    found = _Judged(recipe.data.open(root), recipe)
+    if not found.useful:
+        raise UserError(f"{key}={found.index}: needs two labelled classes in its train and val splits")
+    if found.index.channels != index.channels:
+        raise UserError(
+            f"{key}={found.index} has images of {found.index.channels} channels, "
+            f"{index} of {index.channels}: name a set like the one that is trained on"
+        )
+    return found

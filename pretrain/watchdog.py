@@ -22,14 +22,16 @@ class Watchdog:
         self.timeout, self.rank, self.tell = timeout, rank, tell
         self._last, self._what = time.monotonic(), "start"
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self.beat("the first step")
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._over.set()
+        self._thread.join()  # Python ends a thread that outlives it amid its work, which may abort the process
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, what: str) -> None:

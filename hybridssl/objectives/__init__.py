@@ -86,6 +86,7 @@ class Objective(nn.Module):
     masked: bool = False  # whether it needs patches of the global views to be hidden
     whole: bool = False  # whether it reads patches of global views that nobody hides: then none may be left out
     taught: bool = False  # whether `targets` looks at the teacher's tokens; if no objective does, they are not computed
+    per_class: bool = False  # whether its tensors have a row for each class of the data, in their order
     expects: str = ""  # one plain sentence for the report: what the curve does when all is well
 
     def __init__(self, options: Any, context: Context) -> None:

@@ -80,6 +80,7 @@ class Labels(Objective):
 
     options: Options
     prior: Tensor  # [S + 1, K] log share of each class in its source; zero unless it is to be added
+    per_class = True
     expects = (
         "Starts near ln(number of classes) (one_of) or .69 (multi) and falls; near zero long before the end "
         "means that the labels are learnt by heart."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -161,12 +163,43 @@ def test_the_images_of_both_count_as_seen(
     [
         ("batch.size=4", "batch.size=8"),
         ("steps=2", "raise steps"),
-        ("backbone.args.depth=1", "another backbone"),
+        (
+            "backbone.args.depth=1",
+            "another backbone than the recipe's (vit_tiny_patch16_224):\n  backbone.args.depth: 2 -> 1",
+        ),
+        ("views.global_size=48", "position embeddings for 32 px. Add backbone.image_size=32"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: str, words: str, middle: str, tiny: list[str], tmp_path: Path, capsys):
     assert main([*tiny, *SSL, middle, change, f"out={tmp_path / 'b'}"]) == 2
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_larger_views_for_the_end(middle: str, tiny: list[str], tmp_path: Path) -> None:
+    larger = [middle, "views.global_size=48", "backbone.image_size=32"]
+    assert main([*tiny, *SSL, *larger, f"out={tmp_path / 'b'}"]) == 0
+    export(tmp_path / "b", tmp_path / "model")
+
+
+def test_a_head_of_other_classes_begins_anew(tiny: list[str], tmp_path: Path, capsys) -> None:
+    """There are as many, so that its tensors have the same shapes."""
+    assert main([*tiny, f"out={tmp_path / 'a'}"]) == 0
+    file = tmp_path / "a/checkpoints/step-2/state.json"
+    state = json.loads(file.read_text())
+    state["data"]["classes"].reverse()
+    file.write_text(json.dumps(state))
+    capsys.readouterr()
+    assert main([*tiny, f"branch={tmp_path / 'a/checkpoints/step-2'}", "steps=6", f"out={tmp_path / 'b'}"]) == 0
+    assert "new: labels\n" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_tell_what_it_has_seen_is_refused(
+    trunk: Path, tiny: list[str], tmp_path: Path, capsys
+) -> None:
+    copy = shutil.copytree(trunk / "checkpoints/step-2", tmp_path / "mine/checkpoints/step-2")
+    assert main([*tiny, *SSL, f"branch={copy}", f"out={tmp_path / 'b'}"]) == 2
+    assert f"{tmp_path / 'mine/pretraining.safetensors'} is missing" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

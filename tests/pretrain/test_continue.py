@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from hybridssl import backbone, lora, run
@@ -17,6 +18,7 @@ from hybridssl.recipe import resolve
 from pretrain import command
 from pretrain.loop import main
 from pretrain.probe import InLoopProbe
+from shards.__main__ import main as shards
 from shards.index import Index
 from tests.pretrain.conftest import TINY, lines, losses
 from tests.pretrain.test_loop import assert_close
@@ -124,3 +126,34 @@ def test_bad_continuations_get_one_message(tiny: list[str], index: Path, tmp_pat
     assert main([*tiny, "probe.every=1", "probe.keep=nowhere", f"out={out}"]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.parametrize("key", ["data.probe", "probe.keep"])
+@pytest.mark.parametrize(
+    ("channels", "split", "words"),
+    [(1, "val", "has images of 1 channels"), (3, "train", "needs two labelled classes in its train and val")],
+)
+def test_a_set_on_which_nothing_can_be_judged_is_refused_at_once(
+    key: str, channels: int, split: str, words: str, tiny: list[str], tmp_path: Path, capsys
+) -> None:
+    rows = ["path,label,split"]
+    for i in range(8):
+        Image.new("L", (40, 40), 9 * i).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'ab'[i % 2]},{split if i % 4 > 1 else 'train'}")
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    build = [
+        "build",
+        "--images",
+        tmp_path,
+        "--table",
+        tmp_path / "labels.csv",
+        "--out",
+        tmp_path / "other",
+        "--channels",
+        channels,
+    ]
+    assert shards([str(word) for word in build]) == 0
+    assert main([*tiny, "probe.every=1", f"{key}={tmp_path / 'other'}", f"out={tmp_path / 'run'}"]) == 2
+    assert f"error: {key}={tmp_path / 'other'}" in (told := capsys.readouterr().err)
+    assert words in told
+    assert not (tmp_path / "run").exists()

@@ -5,8 +5,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from pretrain.command import load
+from pretrain.loop import main
+from pretrain.start import taken_again
+from tests.pretrain.conftest import TINY
 
 FAULTS = """
 import resource, torch
@@ -30,3 +36,33 @@ def test_what_is_freed_is_used_again() -> None:
     plain, kept = map(int, done.stdout.split())
     assert plain > 4 * 16384 * 0.9  # so many pages of 4 KiB each time
     assert kept < 100
+
+
+def test_a_longer_run_takes_no_turn_twice(tiny: list[str], tmp_path: Path, capsys, monkeypatch) -> None:
+    """Or labels that have joined at step 2 of 4 would rest at step 4 of 16, and small crops come back."""
+    monkeypatch.setattr("pretrain.report.write", lambda run, data=None: run / "report.html")
+    turns = ["objectives.labels.start=0.5", "views.curriculum=0.75"]
+    run = [*tiny, *turns, f"out={tmp_path / 'run'}"]
+    assert main(run) == 0
+    assert main([*run, "steps=16"]) == 2
+    told = capsys.readouterr().err
+    assert "back to 25% of its length" in told
+    assert f"branch={tmp_path / 'run'} steps=16 views.curriculum=0.1875 objectives.labels.start=0.125" in told
+    assert main([*run, "steps=5"]) == 0  # step 4 is .8 of it
+
+
+@pytest.mark.parametrize(
+    ("key", "step", "taken"),
+    [
+        ("objectives.labels.head_first=0.5", 60, "objectives.labels.head_first"),
+        ("objectives.labels.head_first=0.5", 40, ""),  # not yet
+        ("objectives.labels.unfreeze_at=0.5", 60, ""),  # prototypes that begin at random never rest
+        ("objectives.labels={init: text, unfreeze_at: 0.5}", 60, "objectives.labels.unfreeze_at"),
+        ("objectives.labels={init: text, unfreeze_at: 1.0}", 100, ""),  # they always rest
+        ("optim.heads_first=0.5", 60, "optim.heads_first"),
+        ("objectives.dino.freeze_last=0.5", 60, "objectives.dino.freeze_last"),
+    ],
+)
+def test_which_turns_count(key: str, step: int, taken: str) -> None:
+    recipe = load([*TINY, "data.train=d", "out=o", "steps=200", key])
+    assert list(taken_again(recipe, step, 100)) == ([taken] if taken else [])
