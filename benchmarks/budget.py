@@ -62,6 +62,7 @@ RANDOM = "objectives.labels.init=random objectives.labels.unfreeze_at=0.1 text.e
 BALANCED = "stream.labelled_fraction=0.25 objectives.labels.adjust=false"
 EARLY = f"{BALANCED} objectives.labels.start=0 objectives.labels.head_first=0"
 FREED, FROZEN = (f"objectives.labels.unfreeze_at={share}" for share in (0.1, 1))
+REMOVED = "objectives.guide.columns.domain=remove objectives.guide.start=0.7"
 ARMS = {
     "labels": f"{EARLY} {RANDOM} stream.labelled_fraction=1 objectives.dino=null objectives.ibot=null"
     " objectives.spread=null views.local_count=0",
@@ -76,7 +77,8 @@ ARMS = {
     "hybrid-late-text": "",  # the recipe as it stands
     "hybrid-late-text-warm": "objectives.labels.unfreeze_at=0.7",  # prototypes learn before the backbone
     "hybrid-late-text-frozen": FROZEN,
-    "hybrid-late-no-domain": "objectives.guide.columns.domain=remove objectives.guide.start=0.7",
+    "hybrid-late-no-domain": f"{REMOVED} objectives.guide.weight=0.1 objectives.guide.removal=0.1",  # as FINO does
+    "hybrid-late-no-domain-strong": f"{REMOVED} objectives.guide.weight=1 objectives.guide.removal=1",
     "dermino": f"{EARLY} {FROZEN} objectives.labels.head=linear objectives.labels.kind=multi"
     " objectives.labels.view=global",
     "pixels-for-ibot": "objectives.ibot=null objectives.pixels.weight=1",
