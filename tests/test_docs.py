@@ -1,6 +1,6 @@
-"""The pages of docs/, held to the code: commands parse, keys and links exist, figures were measured, examples run.
+"""README and the pages of docs/, held to the code: commands parse, keys and links exist, examples run.
 
-docs/log.md is a diary of what was true on its day, and is left out.
+Figures are those that were measured. docs/log.md is a diary of what was true on its day, and is left out.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from tests import figures
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "log.md"}
+ALL = {"README.md": (ROOT / "README.md").read_text(encoding="utf-8"), **PAGES}
 PACKAGES = ("shards", "hybridssl", "pretrain", "finetune")
 ADDED = {f"objectives.byol.{key}": value for key, value in {"weight": 1, "hidden": 1, "start": 0, "ramp": 1}.items()}
 # by add-a-loss.md
@@ -60,7 +61,7 @@ def hooks() -> Iterator[ModuleType]:
 def commands() -> list[tuple[str, str]]:
     """(page, command) of every line of an indented or fenced block, and every `...` in a sentence, that is one."""
     found = []
-    for page, text in PAGES.items():
+    for page, text in ALL.items():
         lines = re.findall(r"^ *(?:exec )?((?:python -m|accelerate launch) [^\n]*)", text.replace("\\\n", " "), re.M)
         inline = re.findall(r"`((?:python -m|accelerate launch) [^`]+)`", re.sub(r"\n\s*", " ", text))
         found += [(page, line.strip().rstrip("'")) for line in [*lines, *inline]]
@@ -114,7 +115,7 @@ def understand(module: str, arguments: list[str]) -> None:
 
 def recipe_of(arguments: list[str]) -> None:
     """The keys exist and have values that they can have; a bundled recipe that is named exists."""
-    if arguments == ["--help"]:
+    if arguments in ([], ["--help"]):  # the door's name alone
         return
     keys = parse_overrides(arguments)
     name = str(keys.pop("recipe", "auto"))
@@ -132,15 +133,15 @@ def help_of(door: ModuleType, words: list[str]) -> None:
 
 
 def test_there_are_commands_to_test() -> None:
-    assert len(commands()) > 60
+    assert len(commands()) > 80
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL)
 def test_every_recipe_key_that_a_page_names_exists(page: str, hooks: ModuleType) -> None:
     known = {*hooks.all_keys(), *ADDED}
     parts = {path for path, _, _ in hooks.sections(recipes.Recipe)} - {""}
     heads = {path.split(".")[0] for path in parts}
-    for code in re.findall(r"`([^`\n]+)`", PAGES[page]):
+    for code in re.findall(r"`([^`\n]+)`", ALL[page]):
         for word in re.findall(r"(?<![\w./-])([a-z_]+(?:\.[a-z_]+)+)(?![\w/(])", code):
             if word.split(".")[0] in heads and not word.endswith((".py", ".yaml", ".html", ".jsonl")):
                 assert word in known | parts, f"{page}: there is no recipe key {word}"
@@ -211,10 +212,24 @@ def test_every_verb_and_objective_has_its_place() -> None:
         assert re.search(rf"^(## .*|\| )`{name}`", PAGES["method.md"], re.M), name
 
 
+def lead_somewhere(page: str, folder: Path, target: str, heading: str) -> None:
+    if target.startswith("https://arxiv.org/abs/"):
+        return
+    assert (folder / target).is_file(), (page, target)
+    if heading:
+        headings = re.findall(r"^#+ (.*)$", (folder / target).read_text(encoding="utf-8"), re.M)
+        assert heading in {re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for words in headings}, (
+            page,
+            heading,
+        )
+
+
 def test_links_lead_somewhere() -> None:
+    for target, heading in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", ALL["README.md"]):
+        lead_somewhere("README.md", ROOT, target, heading)
     for page, text in PAGES.items():
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-            assert target.startswith("https://arxiv.org/abs/") or (ROOT / "docs" / target).is_file(), (page, target)
+        for target, heading in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", text):
+            lead_somewhere(page, ROOT / "docs", target, heading)
     nav = re.findall(r": ([a-z-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M)
     assert sorted(nav) == sorted([*PAGES, "log.md"])
 
