@@ -6,7 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,19 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Left:
+    """Of a folder, what is not packed."""
+
+    ignored: int = 0  # images that the table does not name
+    unread: dict[str, int] = field(default_factory=dict)  # {suffix: number} of pictures in a format that is not read
+
+
+@dataclass(frozen=True)
 class Built:
     """What `build` made."""
 
     index: Index
-    ignored: int  # images of the folder that the table does not name
+    left: Left  # what the folder holds besides
     quarantined: int  # images that do not decode, listed in quarantine.jsonl
     dropped: int = 0  # duplicates, or what an audit calls superfluous
 
@@ -52,9 +60,9 @@ def build(
     next one, as far as files, table and options are the same.
     """
     options, out = replace(options or BuildOptions(), part=(1, 1)), Path(out)
-    ignored = build_part(images, out, table, options, progress)
+    left = build_part(images, out, table, options, progress)
     try:
-        return replace(join(out, options.overwrite), ignored=ignored)
+        return replace(join(out, options.overwrite), left=left)
     except DataError:  # no image can be read, so there is nothing to go on with
         shutil.rmtree(partial_of(out), ignore_errors=True)
         raise
@@ -62,13 +70,13 @@ def build(
 
 def build_part(
     images: str | Path, out: str | Path, table: str | Path | None, options: BuildOptions, progress: Progress
-) -> int:
-    """Write the shards of `options.part`, for `join`. How many images of the folder the table does not name."""
+) -> Left:
+    """Write the shards of `options.part`, for `join`. What of the folder is not packed."""
     found = find_images(Path(images))
-    rows = gather(Path(images), found, Path(table) if table is not None else None, options)
+    rows = gather(Path(images), found.images, Path(table) if table is not None else None, options)
     drop = _audited(options, rows)
     parts.write_part(begin(Path(out), options.overwrite), plan(rows, options, drop), options, drop, progress)
-    return len(found) - sum(max(1, len(row.slices)) for row in rows)
+    return Left(len(found.images) - sum(max(1, len(row.slices)) for row in rows), found.unread)
 
 
 def join(out: str | Path, overwrite: bool = False, progress: Progress = lambda done, total: None) -> Built:
@@ -80,7 +88,7 @@ def join(out: str | Path, overwrite: bool = False, progress: Progress = lambda d
         if not any(partial.iterdir()):
             partial.rmdir()
     finish(Path(out))
-    return Built(Index.open(out), 0, joined.quarantined, joined.dropped)
+    return Built(Index.open(out), Left(), joined.quarantined, joined.dropped)
 
 
 def gather(folder: Path, found: dict[str, Path], table: Path | None, options: BuildOptions) -> list[Row]:
@@ -111,7 +119,7 @@ def write_linkage(path: Path, images: Path, table: Path | None, options: BuildOp
 
     A path that a spreadsheet would run as a formula has an apostrophe in front (spreadsheet.py).
     """
-    found = find_images(images)
+    found = find_images(images).images
     names = {file: name for name, file in found.items()}
     rows = gather(images, found, table, options)
     keys = {names[file]: key_of(row.name) for row in rows for file in row.slices or (row.image,)}

@@ -12,7 +12,7 @@ from shards.options import BuildOptions
 from shards.place import partial_of
 from shards.privacy import read_salt
 from shards.progress import bar
-from shards.table import ROLES
+from shards.table import ROLES, told
 from shards.terminal import Terminal
 
 ABOUT = (
@@ -189,8 +189,10 @@ def run(args: argparse.Namespace) -> build.Built | None:
             console.print(f"next, when all are there: python -m shards index {args.out} --merge", soft_wrap=True)
             return None
         built = build.build(args.images, args.out, args.table, options, tick)
-    if built.ignored:
-        console.print(f"{built.ignored:,} images of {args.images} are not in the table and were left out")
+    if built.left.ignored:
+        console.print(f"{built.left.ignored:,} images of {args.images} are not in the table and were left out")
+    if built.left.unread:
+        console.print(f"of {args.images}, {told(built.left.unread)}", style="yellow", soft_wrap=True)
     tell(built, args.out)
     return built
 

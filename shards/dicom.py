@@ -24,7 +24,7 @@ from shards.options import BuildOptions
 from shards.privacy import Salt
 from shards.sources import Frame, Opened, choose, error_name, scaled
 
-SUFFIXES = (".dcm", ".dicom")
+SUFFIXES = (".dcm", ".dicom", ".ima")
 # What is kept without asking: how the picture was made. Nothing of it says who it shows.
 TAGS = (
     *("Modality", "BodyPartExamined", "ViewPosition", "Laterality", "ImageLaterality"),

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from shards.errors import DataError
 from shards.format import bound, photograph, top_value
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp")
 _SAMPLES_PER_PIXEL = 277  # TIFF tag
 
 

@@ -6,7 +6,7 @@ import csv
 import difflib
 import os
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,6 +17,42 @@ from shards.errors import DataError
 from shards.sources import SUFFIXES
 from shards.spreadsheet import restored
 
+# Pictures of formats that are not read. Of other suffixes nothing is said: names of patients may stand there.
+PICTURES = (
+    *(
+        ".heic",
+        ".heif",
+        ".avif",
+        ".gif",
+        ".jp2",
+        ".j2k",
+        ".jxl",
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".orf",
+        ".rw2",
+    ),
+    *(
+        ".psd",
+        ".svs",
+        ".ndpi",
+        ".mrxs",
+        ".scn",
+        ".czi",
+        ".vsi",
+        ".lif",
+        ".nii",
+        ".nrrd",
+        ".mha",
+        ".mhd",
+        ".npy",
+        ".npz",
+    ),
+    *(".zip", ".tar", ".pdf"),
+)
 # What the column with the images is called elsewhere: for the hint, should `path` be missing.
 _PATH_NAMES = ("filename", "file_name", "filepath", "file_path", "file", "image_path", "image_id", "image_name", "img")
 ROLES = ("path", "label", "source", "group", "split", "text", "mask")
@@ -39,20 +75,53 @@ class Row:
     meta: dict[str, str] = field(default_factory=dict)
 
 
-def find_images(folder: Path) -> dict[str, Path]:
-    """{POSIX path below the folder: file} of every image, by its suffix or first bytes; hidden files left out."""
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder of images."""
+
+    images: dict[str, Path]  # {POSIX path below the folder: file}, in the order of the paths
+    unread: dict[str, int]  # {suffix: number} of pictures in a format that is not read
+
+
+def find_images(folder: Path) -> Found:
+    """Every image below a folder, by its suffix or first bytes; hidden files are left out, links that lead out of the
+    folder are followed. Raises DataError for a folder that does not exist, cannot be listed or holds no image."""
     if not folder.is_dir():
         raise DataError(f"image folder {folder} does not exist")
-    found = {}
-    for base, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    found, unread, walked = {}, Counter[str](), {folder.resolve()}
+    for base, folders, files in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and _new(Path(base, name), walked)]
         for name in files:
             path = Path(base, name)
             if not name.startswith(".") and (path.suffix.lower() in SUFFIXES or readers.of_file(path)):
                 found[_plain(path.relative_to(folder).as_posix())] = path
+            elif path.suffix.lower() in PICTURES:
+                unread[path.suffix.lower()] += 1
     if not found:
-        raise DataError(f"image folder {folder} holds no image ({' '.join((*SUFFIXES, *readers.suffixes()))})")
-    return dict(sorted(found.items()))
+        there = f"; {told(unread)}" if unread else ""
+        raise DataError(f"image folder {folder} holds no image ({' '.join((*SUFFIXES, *readers.suffixes()))}){there}")
+    return Found(dict(sorted(found.items())), dict(unread))
+
+
+def told(unread: dict[str, int]) -> str:
+    """The pictures that were passed over, in words."""
+    kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(unread.items()))
+    return f"{kinds} not read: convert them (to PNG or TIFF), or add a reader (docs/add-a-source.md)"
+
+
+def _new(folder: Path, walked: set[Path]) -> bool:
+    """Whether it is a folder, or leads to one that is neither within those that are walked nor around them."""
+    if not folder.is_symlink():
+        return True
+    real = folder.resolve()
+    if any(real.is_relative_to(other) or other.is_relative_to(real) for other in walked):
+        return False
+    walked.add(real)
+    return True
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(f"folder {error.filename} cannot be listed ({error.strerror}): its images would be missing")
 
 
 def from_folders(row: Row, levels: tuple[str, ...]) -> Row:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shards.__main__ import main
 from shards.build import BuildOptions, build
 from shards.errors import DataError
 from shards.format import decode, decode_mask, mask_values
@@ -19,6 +22,7 @@ from shards.index import Index
 from shards.pack import key_of
 from shards.split import parse_split, split_of
 from shards.stats import stats
+from shards.table import find_images
 
 Table = Callable[[Path, list[dict[str, str]]], Path]
 
@@ -67,7 +71,7 @@ def test_the_ways_to_name_an_image(photos: Path, tmp_path: Path, write_table: Ta
     table = write_table(tmp_path / "t.csv", [{"path": cell, "label": "x"} for cell in cells])
     built = build(photos / "images", tmp_path / "out", table)
     assert sorted(by_path(built.index)) == [f"one/bild {i:02d}.v1 ä.jpg" for i in (1, 3, 5, 7, 9, 11)]
-    assert built.ignored == 54
+    assert built.left.ignored == 54
     assert built.index.sources == ("default",)
     beside = write_table(photos / "beside.csv", [{"path": "images/one/bild 01.v1 ä.jpg"}])
     assert len(build(photos / "images", tmp_path / "out2", beside).index) == 1
@@ -265,3 +269,46 @@ def test_only_an_index_that_build_wrote_is_replaced(photos: Path, tmp_path: Path
     build(photos / "images", out, photos / "labels.csv", BuildOptions(overwrite=True))
     assert Index.open(out).sources == ("a", "b")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_links_lead_out_and_never_around(photos: Path, tmp_path: Path) -> None:
+    folder, far = tmp_path / "images", tmp_path / "far" / "away"
+    for name, place in {"one": folder / "own", "two": far}.items():
+        shutil.copytree(photos / "images" / name, place)
+    (folder / "linked").symlink_to(far)
+    (folder / "same").symlink_to(far)
+    (folder / "again").symlink_to(folder / "own")
+    (far / "back").symlink_to(tmp_path)
+    (folder / "own" / "up").symlink_to("..")
+    names = find_images(folder).images
+    assert len(names) == 60
+    assert {name.split("/")[0] for name in names} == {"linked", "own"}
+
+
+def test_pictures_that_are_not_read_are_told(photos: Path, tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(photos / "images", tmp_path / "images")
+    for name in ("a.HEIC", "b.heic", "c.svs", "notes.txt", "scan.MUELLER"):
+        (folder / name).write_bytes(b"x")
+    next(folder.rglob("*.jpg")).rename(folder / "d.JFIF")
+    assert main(["build", "--images", str(folder), "--out", str(tmp_path / "out")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"of {folder}, 2 .heic, 1 .svs not read: convert them" in told
+    assert "MUELLER" not in told
+    assert len(Index.open(tmp_path / "out")) == 60
+    for path in (*folder.glob("one"), *folder.glob("two"), folder / "d.JFIF"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(DataError, match=r"holds no image \(.*\); 2 .heic, 1 .svs not read"):
+        find_images(folder)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(photos: Path, monkeypatch) -> None:
+    scandir = os.scandir
+
+    def closed(path: str):
+        if path.endswith("two"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DataError, match=r"two cannot be listed \(Permission denied\)"):
+        find_images(photos / "images")

@@ -55,7 +55,7 @@ def test_a_series_is_stacked_by_position_whatever_the_names(tmp_path: Path) -> N
     series(tmp_path / "in/b", "12", [3, 2, 1, 0], [512, 1024, 1536, 2048], PatientID="MRN-9")
     built = build(tmp_path / "in", tmp_path / "out", options=SERIES)
     index = built.index
-    assert (len(index), index.channels, built.ignored, built.quarantined) == (2, 4, 0, 0)
+    assert (len(index), index.channels, built.left.ignored, built.quarantined) == (2, 4, 0, 0)
     assert sorted(levels(index, i) for i in range(2)) == [[64, 128, 192, 255], [128, 96, 64, 32]]
     assert len({index.read(i).group for i in range(2)}) == 2
     index.verify()
@@ -102,7 +102,7 @@ def test_a_column_groups_within_a_patient(tmp_path: Path, write_table: Table) ->
     assert found["p"][:2] == ([10, 20], ("bleeding",))
     assert found["q"][:2] == ([40, 80], ())
     assert found["p"][2] == {"scan": "1", "kv": "120", "path": "p/1.png"}
-    assert built.ignored == 0
+    assert built.left.ignored == 0
     (line,) = (tmp_path / "out/quarantine.jsonl").read_text().splitlines()
     assert json.loads(line) == {"path": "alone.png", "reason": "an image of 1 planes where --channels says 2"}
     with pytest.raises(DataError, match=r"--slices scam: the table has no such column.*did you mean 'scan'"):
