@@ -14,6 +14,7 @@ from shards import audit_verb, build, build_verb, demo, scan
 from shards.address import public
 from shards.errors import DataError
 from shards.index import Index
+from shards.place import header_of
 from shards.progress import bar
 from shards.stats import Stats, stats
 from shards.terminal import Terminal
@@ -95,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "the hospital or data set, for samples that do not name theirs"
     sub.add_argument("--source", default="", metavar="NAME", help=text)
     sub.add_argument("--split", default="", metavar="NAME", help="split of samples that do not name theirs: train, ...")
-    sub.add_argument("--channels", type=int, default=3, metavar="N", help="of the images as read (default 3)")
+    text = "of the images as read (default: as an index that is there says, else 3)"
+    sub.add_argument("--channels", type=int, metavar="N", help=text)
     sub.add_argument("--merge", action="store_true", help="join the parts that `build --part I/N --out DIR` wrote")
     sub.add_argument("--overwrite", action="store_true", help="with --merge: replace an index that is there")
     audit_verb.add_arguments(verb("audit", audit_verb.run))
@@ -125,15 +127,17 @@ def _index(args: argparse.Namespace) -> None:
         return _summary(built.index, f"python -m hybridssl doctor --data {args.folder}")
     if not args.folder.is_dir():
         raise DataError(f"{args.folder} is no folder")
+    before = header_of(args.folder) or {}  # what the tars themselves do not say
     tars = len(list(args.folder.glob("*.tar")))
     with bar("indexing") as tick:
         done = iter(range(1, tars + 1))
         index = scan.write(
             args.folder,
-            channels=args.channels,
+            synthetic=bool(before.get("synthetic")),
+            channels=args.channels or before.get("channels", 3),
             source=args.source,
             split=args.split,
-            in_place=True,
+            in_place=bool(before.get("in_place", True)),
             progress=lambda name: tick(next(done), tars),
         )
     _summary(index, f"python -m hybridssl doctor --data {args.folder}")

@@ -96,11 +96,16 @@ def _find(own: tuple[Index, Looks], other: tuple[Index, Looks] | None, suggest: 
         return duplicates.find(own, other, suggested, tick)
 
 
-def write(document: dict[str, Any], path: Path) -> None:
-    """Write audit.json in one piece. DataError when something else lies there."""
+def begin(path: Path) -> None:
+    """Make the folder of an audit.json to be. DataError when something else lies there."""
     if path.exists() and not _is_audit(path):
         raise DataError(f"{path} is there and no audit: choose another --out, nothing was touched")
     path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    """Write audit.json in one piece. DataError when something else lies there."""
+    begin(path)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

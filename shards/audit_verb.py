@@ -49,12 +49,13 @@ def add_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from shards.audit import audit, write  # faiss and scipy, which no other verb waits for
+    from shards.audit import audit, begin, write  # faiss and scipy, which no other verb waits for
 
     index, against = Index.open(args.folder), [Index.open(other) for other in args.against]
     suggest = import_module("finetune.lookalikes").suggester(args.backbone, args.device) if args.backbone else None
-    found = audit(index, against, suggest, bar)
     path = args.out / "audit.json"
+    begin(path)
+    found = audit(index, against, suggest, bar)
     write(found.document, path)
     page = import_module("finetune.audit_page")
     page.write(found, args.out / "audit.html")

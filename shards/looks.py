@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 
@@ -56,9 +57,13 @@ def look(index: Index, progress: Callable[[int, int], None] = lambda done, total
         reasons={},
     )
 
+    reading = Lock()  # a shard that another thread is reading must not be let go of
+
     def one(i: int) -> None:
         try:
-            image = decode(index.read(i).image, 0, index.channels)
+            with reading:
+                sample = index.read(i)
+            image = decode(sample.image, 0, index.channels)
         except DataError as error:
             looks.reasons[i] = str(error)
             return

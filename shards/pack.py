@@ -220,16 +220,18 @@ def _by_meta(options: BuildOptions) -> bool:
 
 
 def _mask(path: Path, size: tuple[int, int] | None) -> bytes:
-    """The mask as PNG: as it is; of another type black and white; of a shrunken image as small, its numbers kept."""
+    """The mask as PNG: its numbers as they are, of a JPEG or WebP black and white; of a shrunken image as small."""
     try:
         data = _read(path)
-        png = extension(data) == "png"
-        values = mask_values(data) if png else (decode(data, 0, 1)[..., 0] > 127) * 255  # JPEG rings
+        kind = extension(data)
+        values = mask_values(data) if kind in ("png", "tif") else (decode(data, 0, 1)[..., 0] > 127) * 255  # JPEG rings
     except DataError as error:
         raise DataError(f"its mask: {error}") from None
-    if png and size is None:
+    if kind == "png" and size is None:
         return data
     mask = values.astype(np.uint16 if values.max(initial=0) > 255 else np.uint8)
+    if not np.array_equal(mask, values):
+        raise DataError("its mask has other numbers than 0, 1, ... 65535: those of its regions")
     if size is not None and abs(mask.shape[0] * size[1] - mask.shape[1] * size[0]) > max(*mask.shape, *size):
         raise DataError(f"its mask is {mask.shape[1]} x {mask.shape[0]}, and the image has another shape")
     if size is not None and mask.shape != size:

@@ -7,10 +7,10 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from shards.errors import DataError
 from shards.format import FORMAT
-from shards.index import Index
 
 OURS = re.compile(r"(shard-\d+\.(tar|json)|index\.json|index\.safetensors|quarantine\.jsonl|classes\.csv)(\.new)?")
 
@@ -62,21 +62,24 @@ def finish(out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def is_index(folder: Path) -> bool:
+def header_of(folder: Path) -> dict[str, Any] | None:
+    """index.json, also of a set that is otherwise damaged; None: there is none of ours."""
     try:
-        return json.loads((folder / "index.json").read_text(encoding="utf-8"))["format"] == FORMAT
+        header = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        return header if header["format"] == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
-    if not is_index(out):
+    header = header_of(out)
+    if header is None:
         raise DataError(f"{out} exists and holds no index of shards: choose another --out, nothing was touched")
     if not overwrite:
         raise DataError(f"{out} already holds an index: add --overwrite to replace it, or choose another --out")
-    if Index.open(out).header.get("in_place") or not _only_ours(out):
+    if header.get("in_place") or not _only_ours(out):
         raise DataError(f"{out} holds files that `build` did not write, so it is not replaced: choose another --out")
 
 

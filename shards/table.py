@@ -209,7 +209,10 @@ def _read_csv(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     except UnicodeDecodeError as error:
         raise DataError(f"{table} is not UTF-8 text (byte {error.start:,}): save it as CSV UTF-8") from None
     except csv.Error as error:
-        raise DataError(f"{table} cannot be read as CSV: {error}") from None
+        raise DataError(
+            f"{table} row {reader.line_num} cannot be read as CSV ({error}): look for a quote that is not closed, "
+            "there or above"
+        ) from None
     if len(set(header)) < len(header):
         raise DataError(f"{table}: two columns are called {max(header, key=header.count)!r}")
     return header, lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import simplejpeg
 
 from shards import audit, demo, duplicates, hashes
+from shards.__main__ import main
 from shards.build import BuildOptions, build
 from shards.errors import DataError
 from shards.format import decode
@@ -336,3 +338,27 @@ def test_groups_join_through_others(planted: Index) -> None:
     (group,) = duplicates.groups(planted, looks, pairs)
     assert sorted(group.rows) == [0, 1, 2]
     assert (group.how, group.agreement) == ("near", 0.7)
+
+
+def test_where_an_audit_cannot_go_is_told_before_the_work(
+    photos: Path, index: Index, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "audit.json").write_text("{}")
+    monkeypatch.setattr("shards.audit.audit", None)
+    assert main(["audit", str(index.root), "--out", str(tmp_path)]) == 2
+    assert "is there and no audit: choose another --out" in capsys.readouterr().err
+
+
+def test_threads_do_not_close_each_others_shards(tmp_path: Path, monkeypatch) -> None:
+    index, busy = demo.generate(tmp_path / "demo", samples=60, seed=0, size=32), []
+    read = index._bytes
+
+    def slow(i: int, member: str) -> bytes | None:
+        assert not busy, "two threads at once"
+        busy.append(i)
+        time.sleep(0.001)
+        busy.clear()
+        return read(i, member)
+
+    monkeypatch.setattr(index, "_bytes", slow)
+    assert look(index).readable.all()

@@ -138,6 +138,26 @@ def test_a_shrunken_mask_keeps_its_numbers_and_its_shape(photos: Path, tmp_path:
     assert "its mask is 48 x 64, and the image has another shape" in (tmp_path / "out/quarantine.jsonl").read_text()
 
 
+def test_masks_of_tiff_keep_their_numbers(photos: Path, tmp_path: Path, write_table: Table) -> None:
+    mask = np.zeros((48, 64), np.uint16)
+    mask[:, 32:] = 300
+    for number, values in enumerate([mask, (mask > 0).astype(np.uint8), mask.astype(np.float32) + 0.5]):
+        cv2.imwrite(str(tmp_path / f"{number}.tif"), values)
+    rows = [{"path": f"bild 0{2 * number + 1}.v1 ä", "mask": f"{number}.tif"} for number in range(3)]
+    built = build(photos / "images", tmp_path / "out", write_table(tmp_path / "t.csv", rows))
+    found = [built.index.read(i) for i in range(len(built.index))]
+    kept = {sample.meta["path"]: mask_values(sample.mask or b"") for sample in found}
+    assert np.array_equal(kept["one/bild 01.v1 ä.jpg"], mask)
+    assert np.array_equal(kept["one/bild 03.v1 ä.jpg"], mask > 0)
+    assert "its mask has other numbers than 0, 1, ... 65535" in (tmp_path / "out/quarantine.jsonl").read_text()
+
+
+def test_an_open_quote_is_named_by_its_row(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text('path,label\n"bild 01.v1 ä","a"b\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"t\.csv row 2 cannot be read as CSV .*: look for a quote that is not closed"):
+        build(photos / "images", tmp_path / "out", tmp_path / "t.csv")
+
+
 def test_a_table_of_classes_written_by_hand_outlives_a_new_build(photos: Path, tmp_path: Path) -> None:
     classes = tmp_path / "out" / "classes.csv"
     build(photos / "images", tmp_path / "out")
@@ -266,6 +286,7 @@ def test_only_an_index_that_build_wrote_is_replaced(photos: Path, tmp_path: Path
     with pytest.raises(DataError, match="did not write"):
         build(photos / "images", out, options=BuildOptions(overwrite=True))
     (out / "thesis.txt").unlink()
+    (out / "index.safetensors").unlink()  # also what is damaged
     build(photos / "images", out, photos / "labels.csv", BuildOptions(overwrite=True))
     assert Index.open(out).sources == ("a", "b")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -35,9 +35,13 @@ def test_demo_then_index_again(tmp_path: Path, capsys: pytest.CaptureFixture[str
     code, text, _ = run(capsys, "demo", "--out", str(out), "--samples", "40", "--size", "32")
     assert code == 0
     assert "synthetic" in text
-    code, text, _ = run(capsys, "index", str(out), "--source", "again")
-    assert code == 0
-    assert len(Index.open(out)) == 40
+    for name in ("index.safetensors", "nothing"):  # a lost file is one reason to do so
+        (out / name).unlink(missing_ok=True)
+        code, text, _ = run(capsys, "index", str(out), "--source", "again")
+        assert code == 0
+        again = Index.open(out)
+        assert (len(again), again.synthetic, again.header["in_place"]) == (40, True, False)  # as it was
+    assert run(capsys, "demo", "--out", str(out), "--samples", "40", "--size", "32", "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize(
