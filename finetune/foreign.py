@@ -147,7 +147,17 @@ def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> 
             dim = forward(blank)[0].shape[-1]
     except (ValueError, RuntimeError) as error:  # SAM, say, has position embeddings of one size
         raise UserError(f"{spec} does not run at {about['input_size']} px: {reason_of(error)}") from error
-    return from_model(model, forward, name=spec, dim=dim, device=device, **about)
+    reading = FC_NORM if late_norm(model) else ""
+    return from_model(model, forward, name=spec, dim=dim, device=device, reading=reading, **about)
+
+
+def late_norm(model: Any) -> nn.Module | None:
+    """The final norm of a transformers model that has it behind the pooling (see `norms_late`); None: it norms before."""
+    inner = getattr(model, "timm_model", None)
+    if inner is not None:
+        return inner.fc_norm if norms_late(inner) else None
+    norm = getattr(getattr(model, "pooler", None), "layernorm", None)  # of BEiT
+    return norm if isinstance(getattr(model, "layernorm", None), nn.Identity) else None
 
 
 def image_half(model: Any, absent: set[str]) -> tuple[Any, set[str]]:
@@ -185,6 +195,7 @@ def _hf_forward(model: Any, interpolate: bool) -> Callable[[Tensor], Pair]:
     masked = hasattr(model.config, "mask_ratio") and "noise" in parameters  # MAE hides and shuffles patches, always
     if masked:
         model.config.mask_ratio = 0.0
+    late = late_norm(model)
 
     def forward(images: Tensor) -> Pair:
         patch = getattr(model.config, "patch_size", None)
@@ -199,6 +210,8 @@ def _hf_forward(model: Any, interpolate: bool) -> Callable[[Tensor], Pair]:
             return (patches.mean(1) if pooled is None else pooled.flatten(1)), patches
         if count is None:  # DINOv3's ConvNeXt puts the pooled map before the map
             count = x.shape[1] - 1
+        if late is not None:
+            x = late(x)
         if count >= x.shape[1]:  # no class token; Swin and FocalNet have merged patches on the way
             return (x.mean(1) if pooled is None else pooled), x
         # The pooler of plain ViTs is often untrained; that of a CLIP-like tower is its trained output.

@@ -51,7 +51,8 @@ def band_chart(
         parts.append(_line(" ".join(at(p[0], p[1]) for p in points), colour, 2, 1))
         for x, value, lower, upper in points:
             across, down = at(x, value).split(",")
-            tip = f"<title>{escape(name)}, {_short(x)}: {value:.3f} [{lower:.3f}, {upper:.3f}]</title>"
+            band = f" [{lower:.3f}, {upper:.3f}]" if math.isfinite(lower) and math.isfinite(upper) else ""
+            tip = f"<title>{escape(name)}, {_short(x)}: {value:.3f}{band}</title>"
             parts.append(f'<circle cx="{across}" cy="{down}" r="3.5" fill="{colour}">{tip}</circle>')
     if len(curves) > 1:
         spans = "".join(

@@ -115,6 +115,16 @@ MODELS = {
         lambda: hf.ViTImageProcessor(size=SQUARE),
         lambda model, x: first(model.vit(pixel_values=x)),
     ),
+    "beit": (
+        lambda: hf.BeitModel(hf.BeitConfig(**WIDE, use_mean_pooling=True)),
+        lambda: hf.ViTImageProcessor(size=SQUARE),
+        lambda model, x: tuple(model.pooler.layernorm(tokens) for tokens in first(model(pixel_values=x))),
+    ),
+    "beit, normed before": (
+        lambda: hf.BeitModel(hf.BeitConfig(**WIDE, use_mean_pooling=False)),
+        lambda: hf.ViTImageProcessor(size=SQUARE),
+        lambda model, x: first(model(pixel_values=x)),
+    ),
     "mae": (
         lambda: hf.ViTMAEModel(hf.ViTMAEConfig(**WIDE, mask_ratio=0.75)),
         lambda: hf.ViTImageProcessor(size=SQUARE),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -184,6 +185,13 @@ def test_bands_lie_on_an_axis_of_even_or_of_logarithmic_steps() -> None:
     even, logarithmic = across([0, 1, 2], False), across([1, 10, 100], True)
     assert even == pytest.approx(logarithmic)
     assert even[1] == pytest.approx((even[0] + even[2]) / 2, abs=0.1)
+
+
+def test_a_point_without_a_band_tells_its_value_alone() -> None:
+    svg = band_chart({"a": [(1, 0.5, 0.4, 0.6), (2, 0.75, math.nan, math.nan)]})
+    assert "a, 1: 0.500 [0.400, 0.600]<" in svg
+    assert "a, 2: 0.750<" in svg
+    assert "nan" not in svg
 
 
 def test_palette_has_a_colour_of_its_own_for_every_name() -> None:
