@@ -152,7 +152,7 @@ def from_transformers(spec: str, fresh: bool, device: str, size: int | None) -> 
 
 
 def late_norm(model: Any) -> nn.Module | None:
-    """The final norm of a transformers model that has it behind the pooling (see `norms_late`); None: it norms before."""
+    """The final norm of a transformers model that has it behind the pooling (see `norms_late`), if it has."""
     inner = getattr(model, "timm_model", None)
     if inner is not None:
         return inner.fc_norm if norms_late(inner) else None

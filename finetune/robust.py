@@ -22,7 +22,7 @@ from finetune import heads, metrics, robust_page, task, written
 from finetune.corruptions import NAMES, SEVERITIES, VERSION, change, names
 from finetune.features import default_cache, extract
 from finetune.metrics import Metric
-from finetune.resample import Statistic, mean, resample
+from finetune.resample import GROUPS, Statistic, few_groups, mean, resample
 from hybridssl.errors import UserError
 
 Array = np.ndarray
@@ -86,7 +86,7 @@ def judge(work: task.Task, method: str, protocol: str, x: dict[Fault, dict[str, 
     found = metrics.bootstrap(y, clean, group, work.kind.metrics)
     detail, drops = drops_of(y, clean, scores, group, work.kind.metrics[work.kind.select_by])
     detail = {"metric": work.kind.select_by, "method": method, "version": VERSION, **detail}
-    detail["said"] = robust_page.said(detail, drops)
+    detail["said"] = robust_page.said(detail, drops, few_groups(group, np.ones(len(group), bool), GROUPS))
     choices = [
         {"seed": seed, **head.choice, "val": round(head.val, 4)}
         for seed, head in zip(work.args.seeds, fitted, strict=True)

@@ -73,15 +73,17 @@ def page(result: Result, index: Index, number: int, size: int) -> Path:
     return html.write(out)
 
 
-def said(detail: dict[str, Any], found: dict[str, Interval]) -> list[str]:
-    """What was and what was not shown, in a sentence each."""
+def said(detail: dict[str, Any], found: dict[str, Interval], few: str = "") -> list[str]:
+    """What was and what was not shown, in a sentence each. few: why there are too few patients to show anything."""
     metric, rows = plain(detail["metric"]), detail["rows"]
     faults = list(dict.fromkeys(row["corruption"] for row in rows))
     severities = sorted({row["severity"] for row in rows})
-    hurt = [n for n in faults if found[f"drop_{n}"].low > 0]
+    hurt = [n for n in faults if found[f"drop_{n}"].low > 0 and not few]
     spared = [n for n in faults if n not in hurt]
     costs = "; ".join(f"{n} {found[f'drop_{n}']}" for n in hurt)
     parts = [f"Faults that cost {metric}: {costs}." if hurt else f"No fault is shown to cost {metric}."]
+    if few:
+        parts[0] = f"No fault can be shown to cost {metric}: {few}."
     parts.append(f"These are mean drops over the severities {', '.join(map(str, severities))}.")
     if spared:
         parts.append(f"No loss is shown for {', '.join(spared)}, which does not show that there is none.")

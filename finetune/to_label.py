@@ -37,7 +37,7 @@ def keep_work(out: Path) -> None:
     """
     table, images = out / TABLE, out / IMAGES
     try:
-        rows = read_table(table, images, find_images(images), {}) if table.exists() else []
+        rows = read_table(table, images, find_images(images).images, {}) if table.exists() else []
     except DataError as error:
         raise UserError(f"{error}. There may be labels in {table}: {HOW}") from None
     if filled := sum(map(_worked_on, rows)):

@@ -10,8 +10,10 @@ from sklearn.metrics import balanced_accuracy_score
 
 from finetune import results
 from finetune.__main__ import main
-from finetune.metrics import ONE_OF, group_weights
+from finetune.metrics import ONE_OF, Interval, group_weights
+from finetune.resample import GROUPS, few_groups
 from finetune.robust import drops_of
+from finetune.robust_page import said
 from tests.finetune.looked import look
 
 
@@ -89,6 +91,18 @@ def test_intervals_are_paired_over_groups():
     same, none = drops_of(y, clean, {("blur", 1): clean}, group, metric)
     assert same["rows"][0]["drop"] == {"value": 0, "low": 0, "high": 0}, "no luck of the draw in a pair"
     assert none["mean_drop"].high == 0
+
+
+def test_few_patients_show_no_fault_to_cost_anything():
+    detail = {"metric": "balanced_accuracy", "rows": [{"corruption": "blur", "severity": 1}]}
+    drops = {"drop_blur": Interval(0.2, 0.1, 0.3)}
+    assert said(detail, drops)[0].startswith("Faults that cost balanced accuracy: blur 0.200")
+    few = few_groups(np.arange(60) // 20, np.ones(60, bool), GROUPS)
+    told = said(detail, drops, few)
+    assert told[0] == (
+        "No fault can be shown to cost balanced accuracy: 60 images of 3 patients or lesions, fewer than 10."
+    )
+    assert told[2].startswith("No loss is shown for blur")
 
 
 def test_the_head_is_fitted_and_chosen_on_clean_images(result, index, out, tmp_path):
