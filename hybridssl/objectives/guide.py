@@ -46,6 +46,7 @@ class Target(NamedTuple):
     shares: Tensor  # [M]: turns the sum over the images that have a value into this micro-batch's share of the mean
     strength: Tensor  # [M]: factor of the gradient that reaches the CLS tokens
     centres: list[Tensor | None]  # EMA prototypes [C, D] of the guides that have them
+    chance: list[Tensor | None]  # [C] of classes that are to be removed: the loss of one who knows their shares alone
 
 
 class Guide(Objective):
@@ -56,6 +57,10 @@ class Guide(Objective):
     layer, and multiplied by g / g_k with g_k the norm of guide k's gradient on the CLS tokens of the whole effective
     batch and g the geometric mean over guides: all push equally hard (FINO, a branch of facebookresearch/dinov3). The
     norms are the teacher's, who sees the batch before the student does; so they are the same however it is parted.
+
+    **Forgotten is enough.** Reversed, a cross-entropy has no bound: the backbone would go on to deceive its adversary,
+    and did, at the cost of all else (docs/log.md). So only views that the adversary names better than chance are felt:
+    with a loss below that of one who knows the shares of the classes in this batch, or the mean of the numbers.
 
     `keep prototypes` has no head: softmax over the cosines with the mean teacher CLS token of each class, as a moving
     average, for columns of many classes with few images each. An image without a value is skipped by that guide.
@@ -81,7 +86,8 @@ class Guide(Objective):
         self.names = list(options.columns)
         self.place = [place[name] for name in self.names]
         roles = options.columns.values()
-        sign = torch.tensor([-options.removal if role.startswith("remove") else 1.0 for role in roles])
+        self.removed = [role.startswith("remove") for role in roles]
+        sign = torch.tensor([-options.removal if removed else 1.0 for removed in self.removed])
         self.register_buffer("sign", sign, persistent=False)
         self.heads = nn.ModuleList(
             _head(role, context.columns[at], context.dim) for role, at in zip(roles, self.place, strict=True)
@@ -92,15 +98,22 @@ class Guide(Objective):
         values = torch.cat([self._values(batch) for batch in batches])  # [N, M]
         counts = all_reduce_sum((~values.isnan()).sum(dim=0)).clamp_min(1)
         centres = [head.follow(cls, v) if isinstance(head, Centres) else None for head, v in self._each(values)]
+        chance = [
+            _rarity(v, len(head.layers[-1].bias)) if removed and type(head) is Classes else None
+            for removed, (head, v) in zip(self.removed, self._each(values), strict=True)
+        ]
         norms = all_reduce_sum(self._squares(cls, values, counts, centres)).sqrt()
-        target = Target(len(batches) * world_size() / counts, self.sign * equalised(norms), centres)
+        target = Target(len(batches) * world_size() / counts, self.sign * equalised(norms), centres, chance)
         return [target] * len(batches)
 
     def forward(self, student: ViewTokens, target: Target, batch: Batch, progress: float) -> dict[str, Tensor]:
         cls = fp32(student.global_.cls).unflatten(0, (2, -1))
         found = {}
         for i, (head, value) in enumerate(self._each(self._values(batch))):
-            felt = ScaleGradient.apply(cls, target.strength[i])
+            factor = target.strength[i]
+            if self.removed[i]:
+                factor = factor * _named(head, cls, value.nan_to_num(0), target.chance[i])[..., None]
+            felt = ScaleGradient.apply(cls, factor)
             found[self.names[i]] = _sum(head, felt, value, target.centres[i]) * target.shares[i]
         return found
 
@@ -125,7 +138,8 @@ class Guide(Objective):
 
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity; its gradient is multiplied by a factor. A negative one is the gradient reversal layer."""
+    """The identity; its gradient is multiplied by a factor that broadcasts. A negative one is the gradient reversal
+    layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
@@ -195,6 +209,22 @@ def equalised(norms: Tensor) -> Tensor:
     pulls = norms > 0
     mean = (torch.where(pulls, norms, 1).log().sum() / pulls.sum().clamp_min(1)).exp()
     return torch.where(pulls, (mean / norms).clamp(max=LARGEST), 1)
+
+
+def _rarity(value: Tensor, classes: int) -> Tensor:
+    """-log of the share [C] of each class among the values [N] of all processes."""
+    own = (value[:, None] == torch.arange(classes, device=value.device)).sum(dim=0)  # of a missing value: nothing
+    counts = all_reduce_sum(own)
+    return -(counts / counts.sum().clamp_min(1)).clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+@torch.no_grad()
+def _named(head: Any, cls: Tensor, value: Tensor, chance: Tensor | None) -> Tensor:
+    """bool [2, N]: which views the adversary names better than chance does. chance: as in Target; None: of numbers."""
+    guess = (
+        F.smooth_l1_loss(torch.zeros_like(value), value, reduction="none") if chance is None else chance[value.long()]
+    )
+    return head.losses(cls, value, None) < guess
 
 
 def _sum(head: Any, cls: Tensor, value: Tensor, centres: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hybridssl.errors import UserError
-from hybridssl.objectives.guide import LARGEST, MOMENTUM, Guide, Options, equalised
+from hybridssl.objectives.guide import LARGEST, MOMENTUM, Guide, Options, _named, equalised
 from hybridssl.types import Column
 
 ALL = {"age": "keep", "sex": "remove", "site": "keep prototypes"}
@@ -25,6 +25,23 @@ def make(toys, columns: dict | None = None, context: dict | None = None, **chang
 def run(guide: Guide, views, batch, teacher: Guide | None = None, taught=None):
     (target,) = (teacher or guide).targets([taught or views], [batch], 0.5)
     return guide(views, target, batch, 0.5), target
+
+
+def schooled(guide: Guide, toys, n: int) -> Guide:
+    """Its adversaries name every view of toys.tokens(n, 1) better than chance does, but not much better."""
+    views, batch = toys.tokens(n, 1), toys.batch(n)
+    values, cls = guide._values(batch), views.global_.cls.unflatten(0, (2, -1))
+    optimizer = torch.optim.Adam(
+        (p for i, h in enumerate(guide.heads) if guide.removed[i] for p in h.parameters()), 0.01
+    )
+    while True:
+        optimizer.zero_grad()
+        found, target = run(guide, views, batch)
+        adversaries = [(i, h, v) for i, (h, v) in enumerate(guide._each(values)) if guide.removed[i]]
+        if all(_named(h, cls, v.nan_to_num(0), target.chance[i])[:, ~v.isnan()].all() for i, h, v in adversaries):
+            return guide
+        sum(found.values()).backward()
+        optimizer.step()
 
 
 def test_equals_the_naive_loop(toys) -> None:
@@ -60,8 +77,9 @@ def test_equals_the_naive_loop(toys) -> None:
 
 def test_every_guide_pulls_equally_hard_and_removal_the_other_way(toys) -> None:
     columns = {"age": "keep", "sex": "remove", "site": "keep"}
-    guide, batch = make(toys, columns, removal=0.5), toys.batch(16)
+    guide, batch = schooled(make(toys, columns, removal=0.5), toys, 16), toys.batch(16)
     pulls = {}
+    guide.zero_grad()
     for name in columns:
         views = toys.tokens(16, 1)
         found, _ = run(guide, views, batch)
@@ -76,6 +94,24 @@ def test_every_guide_pulls_equally_hard_and_removal_the_other_way(toys) -> None:
     assert F.cosine_similarity(views.global_.cls.grad.flatten(), pulls["sex"].flatten(), dim=0) == pytest.approx(-1)
 
 
+def test_a_backbone_and_its_adversary_end_at_chance(toys) -> None:
+    """And not beyond: with a gradient that is reversed without a bound the loss would go on rising."""
+    guide, batch, views = make(toys, {"sex": "remove"}, removal=1.0), toys.batch(16), toys.tokens(16, 1)
+    cls = views.global_.cls
+    optimizer = torch.optim.SGD([{"params": guide.parameters(), "lr": 0.5}, {"params": [cls], "lr": 20.0}])
+    course = []
+    for _ in range(300):
+        optimizer.zero_grad()
+        found, _ = run(guide, views, batch)
+        found["sex"].backward()
+        optimizer.step()
+        course.append(found["sex"].item())
+    values = batch.meta[:, 1][~batch.meta[:, 1].isnan()]
+    shares = values.long().bincount() / len(values)
+    chance = -(shares * shares.log()).sum().item()
+    assert sum(course[-50:]) / 50 == pytest.approx(chance, rel=0.25)
+
+
 def test_an_adversary_learns_what_its_backbone_forgets(toys) -> None:
     """Down the gradient, the head's loss falls where only the head moves, and rises where only the tokens move."""
     guide, batch, views = make(toys, {"sex": "remove"}), toys.batch(16), toys.tokens(16, 1)
@@ -88,6 +124,32 @@ def test_an_adversary_learns_what_its_backbone_forgets(toys) -> None:
         assert moved(views, target, batch, 0.5)["sex"] < found["sex"]
         views.global_.cls.sub_(views.global_.cls.grad * 50)
         assert guide(views, target, batch, 0.5)["sex"] > found["sex"]
+
+
+@pytest.mark.parametrize("role", ["remove class", "remove number"])
+def test_what_is_forgotten_is_not_driven_further(role: str, toys) -> None:
+    """Only what the adversary names better than chance does, by a loop over views."""
+    columns = {"sex": "remove"} if role == "remove class" else {"age": "remove"}
+    guide, views, batch = make(toys, columns), toys.tokens(16, 1), toys.batch(16)
+    found, _ = run(guide, views, batch)
+    next(iter(found.values())).backward()
+    values = batch.meta[:, 1 if role == "remove class" else 0].tolist()
+    known = [v for v in values if not math.isnan(v)]
+    felt = 0
+    for row, gradient in enumerate(views.global_.cls.grad):
+        value = values[row % 16]
+        if math.isnan(value):
+            assert gradient.eq(0).all()
+            continue
+        said = guide.heads[0](views.global_.cls[row].detach())
+        if role == "remove class":
+            loss = -said.log_softmax(-1)[int(value)].item()
+            chance = -math.log(known.count(value) / len(known))
+        else:
+            loss, chance = (F.smooth_l1_loss(torch.tensor(x), torch.tensor(value)).item() for x in (said.item(), 0.0))
+        assert bool(gradient.any()) == (loss < chance)
+        felt += loss < chance
+    assert 0 < felt < 2 * len(known)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
