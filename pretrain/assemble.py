@@ -17,8 +17,12 @@ from pretrain.recipe import Recipe
 from shards.index import Index
 
 
-def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = False) -> Student:
-    """Backbone (fresh or loaded) and objectives of `recipe`, on the CPU."""
+def build_student(recipe: Recipe, index: Index, micro: int, fresh: bool = True, announce: bool = False) -> Student:
+    """Backbone and objectives of `recipe`, on the CPU.
+
+    fresh: as a run begins with them, from released weights and texts where the recipe names some. Otherwise only their
+    shapes count, because a checkpoint fills them or a trial measures them: nothing that may have moved since is read.
+    """
     backbone = backbones.build(recipe.backbone, index.channels, recipe.views.global_size)
     sizes = {"global_size": recipe.views.global_size} | (
         {"local_size": recipe.views.local_size} if recipe.views.local_count else {}
@@ -27,7 +31,7 @@ def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = Fal
         if size % backbone.patch_size:
             patch, near = backbone.patch_size, max(round(size / backbone.patch_size), 1) * backbone.patch_size
             raise UserError(f"views.{key}={size} is not a multiple of the backbone's patch of {patch} px: try {near}")
-    if recipe.backbone.weights:
+    if recipe.backbone.weights and fresh:
         coverage = backbones.load_weights(backbone, recipe.backbone)
         if announce:
             print(f"{recipe.backbone.weights}: {coverage}")
@@ -39,7 +43,7 @@ def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = Fal
         dim=backbone.dim,
         classes=len(index.classes),
         named=torch.from_numpy(index.named()),
-        prototypes=class_prototypes(recipe, index, backbone.dim),
+        prototypes=class_prototypes(recipe, index, backbone.dim, fresh),
         steps=recipe.steps,
         batch=recipe.batch.size,
         micro=micro,
@@ -71,11 +75,13 @@ def build_student(recipe: Recipe, index: Index, micro: int, announce: bool = Fal
     return learner
 
 
-def class_prototypes(recipe: Recipe, index: Index, width: int) -> Tensor | None:
-    """What the text encoder knows of the classes, [K, width]; None when no objective starts from text.
+def class_prototypes(recipe: Recipe, index: Index, width: int, fresh: bool) -> Tensor | None:
+    """What the text encoder knows of the classes, [K, width] (not fresh: zeros); None where none starts from text.
 
     A classes.csv beside the shards describes them unless the recipe names another table.
     """
     if not any(getattr(options, "init", "") == "text" for options in recipe.objectives.values()):
         return None
+    if not fresh:
+        return torch.zeros(len(index.classes), width)
     return text.class_prototypes(text.beside(recipe.text, index.root), index.classes, width, recipe.seed)

@@ -82,15 +82,13 @@ def _fits(recipe: Recipe, index: Index, device: torch.device, share: int, micro:
 
 def try_step(recipe: Recipe, index: Index, device: torch.device, share: int, micro: int) -> None:
     """One whole step with fresh weights: as many images held, as many seen at a time, as the real one."""
-    backbone = replace(recipe.backbone, weights="" if recipe.backbone.lora == 0 else recipe.backbone.weights)
     alone = replace(
         recipe,
-        backbone=backbone,
         views=replace(recipe.views, curriculum=0.0),  # full size takes the most
         batch=replace(recipe.batch, size=micro, micro=micro),
         data=replace(recipe.data, workers=0),
     )
-    learner = build_student(alone, index, micro).to(device)
+    learner = build_student(alone, index, micro, fresh=False).to(device)
     teacher = student.make_teacher(learner)
     for one in (learner, teacher):
         efficiency.apply(one.backbone, recipe.efficiency)

@@ -64,7 +64,7 @@ def train(recipe: Recipe) -> int:
     recipe = fit.with_micro_batch(recipe, index, device, world)
     set_seed(recipe.seed)
     micro = micro_batch(recipe, world)
-    learner = build_student(recipe, index, micro, announce=accelerator.is_main_process and state is None)
+    learner = build_student(recipe, index, micro, fresh=state is None, announce=accelerator.is_main_process)
     learner = synchronised(learner, device)  # batch norms, where the backbone has any
     teacher = student.make_teacher(learner)
     begun = branch.take(recipe, index, learner, teacher) if recipe.branch and not state else None
@@ -179,7 +179,8 @@ def go_back(
     optimizer: torch.optim.Optimizer,
     lr: float,
 ) -> int:
-    """Return to the newest checkpoint after too many refused steps: its step. Raises Diverged the second time."""
+    """Return to the newest checkpoint after too many refused steps: its step. Raises Diverged where that one has led
+    here already."""
     keeper.wait()
     found = run.checkpoints(out)
     checkpoint = run.latest(out) if found else None

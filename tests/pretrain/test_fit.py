@@ -58,8 +58,8 @@ def test_what_is_tried_is_a_whole_step(micro: int, tiny, tmp_path, monkeypatch: 
     seen: list[int] = []
     build = fit.build_student
 
-    def watched(*args):
-        learner = build(*args)
+    def watched(*args, **more):
+        learner = build(*args, **more)
         learner.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[2])))
         return learner
 
