@@ -118,6 +118,7 @@ def _aligned(first: Judged, other: Judged) -> Judged:
         "protocol": lambda r: r.protocol,
         "index (sha256)": lambda r: r.about["data"]["sha256"],
         "source": lambda r: r.about["data"]["source"],
+        "column": lambda r: r.about["data"].get("column"),
         "share of labels": lambda r: r.about["data"]["labels"],
         "task": lambda r: (r.about["task"]["kind"], tuple(r.about["data"]["classes"])),
     }.items():

@@ -26,6 +26,7 @@ TEMPERATURE = 0.07
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
+    options.column_argument(parser)
     parser.add_argument("--k", type=int, nargs="+", default=list(KS), metavar="K", help=f"numbers to choose from {KS}")
 
 

@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine_arguments(parser)
 
 
+def column_argument(parser: argparse.ArgumentParser) -> None:
+    """Of protocols that can ask for another column than the label."""
+    text = "a column of the table in place of the label: can site, or sex, be read off the features?"
+    parser.add_argument("--column", metavar="NAME", help=text)
+
+
 def judged_arguments(parser: argparse.ArgumentParser, data: str, result: str) -> None:
     """data: what --data is; result: what is written below --out."""
     add = parser.add_argument_group("what is judged").add_argument

@@ -33,6 +33,7 @@ BATCH, EPOCHS, STEPS = 256, 50, (500, 12_500)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser)
+    options.column_argument(parser)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which probes (both)")
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from finetune.better import direction, rank
 from finetune.pages import cell, link, linked, plain, sentence, title
-from finetune.results import Result, find, labels_alone
+from finetune.results import Result, find, labels_alone, part
 from hybridssl.charts import intervals
 from hybridssl.errors import UserError
 from hybridssl.files import write_text
@@ -26,7 +26,16 @@ from hybridssl.page import Markup, Page, inline
 from shards.spreadsheet import safe
 from shards.terminal import Terminal
 
-ABOUT_RESULT = ("data", "source", "protocol", "labels", "backbone", "baseline", "leak")  # columns of the table
+ABOUT_RESULT = (
+    "data",
+    "source",
+    "column",
+    "protocol",
+    "labels",
+    "backbone",
+    "baseline",
+    "leak",
+)  # columns of the table
 OF_FIGURE = ("metric", "value", "low", "high", "file")
 WIDE = 9  # a result with more figures than this is named and linked; its own page shows them
 ABOUT = {
@@ -80,7 +89,7 @@ def order(found: list[Result]) -> list[Result]:
     def key(result: Result) -> tuple:
         data, name = result.about["data"], headline(result)
         worth = rank(name, result.metrics.get(name))
-        return data["sha256"], data["source"] or "", result.protocol, -data["labels"], -worth
+        return data["sha256"], part(data), result.protocol, -data["labels"], -worth
 
     return sorted(found, key=key)
 
@@ -124,7 +133,7 @@ def page(found: list[Result], out: Path, heading: str) -> Page:
     for data_set in dict.fromkeys(_data_set(r) for r in found):
         here = [r for r in found if _data_set(r) == data_set]
         data = next((r for r in here if r.about["data"]["classes"]), here[0]).about["data"]
-        name = data["index"] + (f", source {data['source']}" if data["source"] else "")
+        name = ", ".join(filter(None, [data["index"], part(data)]))
         html.section(name, "Synthetic images: these figures say nothing about patients." if data["synthetic"] else "")
         groups = data["groups"]
         html.facts([(s, f"{count:,} images, {groups[s]:,} groups") for s, count in data["splits"].items()])
@@ -182,8 +191,8 @@ def _finding(result: Result) -> str:
     return next(iter((result.about.get("detail") or {}).get("said", [])), "")
 
 
-def _data_set(result: Result) -> tuple[str, str | None]:
-    return result.about["data"]["sha256"], result.about["data"]["source"]
+def _data_set(result: Result) -> tuple[str, str]:
+    return result.about["data"]["sha256"], part(result.about["data"])
 
 
 def _by(results: list[Result], *columns: str) -> list[list[Result]]:
@@ -289,7 +298,7 @@ def as_csv(found: list[Result]) -> str:
     writer.writerow((*ABOUT_RESULT, *OF_FIGURE))
     for result in found:
         data, backbone = result.about["data"], result.about["backbone"]
-        lead = [data["index"], data["source"] or "", result.protocol, data["labels"]]
+        lead = [data["index"], data["source"] or "", data.get("column") or "", result.protocol, data["labels"]]
         lead += [backbone["name"], backbone["baseline"], result.leaks.any]
         for name, m in result.metrics.items():
             writer.writerow(map(safe, [*lead, name, m.value, m.low, m.high, result.path]))

@@ -70,7 +70,13 @@ def identity(about: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a second result a repetition of the first, which may replace it."""
     backbone, data = about["backbone"], about["data"]
     seen = backbone["sha256"], backbone.get("input_size")
-    return about["protocol"], *seen, data["sha256"], data["labels"], data["source"], tuple(data.get("masks") or ())
+    return about["protocol"], *seen, data["sha256"], data["labels"], part(data), tuple(data.get("masks") or ())
+
+
+def part(data: Mapping[str, Any]) -> str:
+    """Which images of an index are judged, and by which column; "" for all of them, by their labels."""
+    said = {"source": data["source"], "column": data.get("column")}
+    return ", ".join(f"{what} {name}" for what, name in said.items() if name)
 
 
 def labels_alone(about: dict[str, Any]) -> str:

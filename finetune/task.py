@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from finetune import metrics, results
 from finetune.backbones import load
+from finetune.columns import meta_column
 from finetune.encoder import Encoder
 from finetune.features import Features, default_cache, extract
 from finetune.kinds import Kind
@@ -36,6 +37,7 @@ from shards.terminal import Terminal
 
 SPLITS = ("train", "val", "test")
 CARVED = 0.2  # share of the train groups that chooses when there is no val split
+MANY = 100  # values of a column beyond which they are no classes
 FEW = 20  # test groups below which the percentile intervals are known to be too narrow
 
 
@@ -141,6 +143,7 @@ class Task:
                 "sha256": self.index.sha256,
                 "synthetic": self.index.synthetic,
                 "source": self.args.source,
+                "column": _column(self.args),
                 "labels": self.args.labels,
                 "splits": {name: len(rows) for name, rows in self.rows.items()},
                 "groups": {name: len(np.unique(self.features.group[rows])) for name, rows in self.rows.items()},
@@ -201,17 +204,20 @@ def prepare(args: argparse.Namespace, protocols: list[str], reads: tuple[str, ..
         raise UserError(f"--labels {args.labels} must be above 0 and at most 1 (a share of the train labels)")
     started = time.monotonic()
     index = Index.open(args.data)
-    numbers = _labelled(index, args.source, reads)
+    label, classes = labelled(index, column := _column(args))
+    numbers = _by_split(index, label, args.source, reads)
     encoder = load(args.backbone, seed=args.seeds[0], device=device_of(args.device), size=args.size)
     leaks = guard(find_leaks(index, numbers, encoder.digests), args.allow_leak)
-    data = {"sha256": index.sha256, "labels": args.labels, "source": args.source}
+    data = {"sha256": index.sha256, "labels": args.labels, "source": args.source, "column": column}
     for protocol in protocols:
         about = {"protocol": protocol, "backbone": encoder.about(), "data": data}
         results.check_room(args.out / protocol, about, args.overwrite)
-    named = np.unique(np.concatenate([index.column("label")[own] for own in numbers.values()]))
+    named = np.unique(np.concatenate([label[own] for own in numbers.values()]))
     numbers = {name: own for name, own in numbers.items() if name in reads}
     wanted = np.concatenate(list(numbers.values()))
     features = extract(encoder, index, wanted, args.batch, args.workers, args.cache or default_cache())
+    if column:
+        features = replace(features, y=np.eye(len(classes), dtype=np.uint8)[label[features.numbers]], classes=classes)
     for entry in features.bad:
         Terminal(stderr=True).print(f"left out: {entry['key']} in {entry['shard']}: {entry['reason']}")
     rows = {name: np.flatnonzero(np.isin(features.numbers, own)) for name, own in numbers.items()}
@@ -225,9 +231,31 @@ def prepare(args: argparse.Namespace, protocols: list[str], reads: tuple[str, ..
     return Task(args, encoder, index, features, rows, y, classes, kind, leaks, now - started, now)
 
 
-def _labelled(index: Index, source: str | None, reads: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _column(args: argparse.Namespace) -> str | None:
+    return getattr(args, "column", None)
+
+
+def labelled(index: Index, column: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """int [N]: the class of each sample, -1 for none; and the classes: by the label, or by a column of the table.
+
+    UserError for a column of more than MANY values: those of an age are no classes.
+    """
+    if column is None:
+        return index.column("label"), index.classes
+    values = meta_column(index, np.arange(len(index)), column)
+    classes = tuple(sorted(set(values.tolist()) - {""}))
+    if len(classes) > MANY:
+        raise UserError(
+            f"--column {column} has {len(classes):,} values in {index.root}, more than {MANY}: it takes classes, so "
+            "group the values (ages by decade, say) in another column of the table"
+        )
+    numbers = {name: k for k, name in enumerate(classes)} | {"": -1}
+    return np.array([numbers[value] for value in values.tolist()], dtype=np.int64), classes
+
+
+def _by_split(index: Index, label: np.ndarray, source: str | None, reads: tuple[str, ...]) -> dict[str, np.ndarray]:
     """split -> numbers of its labelled samples. UserError when one of `reads`, but val, has none."""
-    label, where = index.column("label"), index.column("source")
+    where = index.column("source")
     if source is not None and source not in index.sources:
         raise UserError(f"{index.root} has no source '{source}'; it has {', '.join(index.sources) or 'none'}")
     found = {}
@@ -283,7 +311,8 @@ def show(protocol: str, about: dict[str, Any], found: dict[str, metrics.Interval
     """The result as a table on the terminal."""
     console, data = Terminal(), about["data"]
     taught = results.labels_alone(about) or f"{data['labels']:.0%} of the train labels"
-    title = f"{protocol}: {about['backbone']['name']} on {data['index']}, {taught}"
+    of = ", ".join(filter(None, [data["index"], results.part(data), taught]))
+    title = f"{protocol}: {about['backbone']['name']} on {of}"
     console.print(title, style="bold", soft_wrap=True)
     table = Table("metric", "test", "95 % over groups")
     for name, m in found.items():

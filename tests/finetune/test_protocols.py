@@ -67,6 +67,58 @@ def test_knn_agrees_with_scikit_learn(evaluate, parts):
     assert result.metrics["accuracy"].value == pytest.approx((expected.argmax(1) == test_y).mean())
 
 
+@pytest.fixture(scope="module")
+def toned(new_index, table):
+    """The small index again: its labels are a column `tone`, but for one group; `label` says something else."""
+    silent = table[0]["group"]
+    return new_index(
+        [
+            {**row, "tone": row["label"] if row["group"] != silent else "", "label": "xy"[n % 2], "age": str(n)}
+            for n, row in enumerate(table)
+        ]
+    )
+
+
+def test_another_column_may_be_asked_for(evaluate, toned, index, tmp_path):
+    for verb, protocol in (("knn", "knn"), ("probe", "logistic")):
+        asked = evaluate(verb, "--column", "tone", data=toned.root, protocol=protocol, out=tmp_path / "tone")
+        assert list(asked.about["data"]["classes"]) == ["blue", "brown", "red"]
+        plain = evaluate(verb, protocol=protocol)
+        key = {i: index.read(i).meta["path"] for i in range(len(index))}
+        mine = {toned.read(i).meta["path"]: i for i in range(len(toned))}
+        own, other = asked.predictions(), plain.predictions()
+        at = dict(zip(own["number"].tolist(), own["y"].tolist(), strict=True))
+        assert [at[mine[key[n]]] for n in other["number"].tolist()] == other["y"].tolist()
+        silent = sum(not toned.meta(i).get("tone") for i in range(len(toned)))
+        assert silent > 0
+        assert asked.about["data"]["splits"]["train"] == plain.about["data"]["splits"]["train"] - silent
+
+
+def test_answers_about_two_columns_are_kept_apart(evaluate, toned, export_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    labels = evaluate("knn", data=toned.root, out=out / "labels")
+    tones = evaluate("knn", "--column", "tone", data=toned.root, out=out / "tones")
+    assert labels.metrics["balanced_accuracy"].value < 0.7 < tones.metrics["balanced_accuracy"].value
+    capsys.readouterr()
+    again = ["knn", "--backbone", str(export_folder), "--data", str(toned.root), "--device", "cpu"]
+    assert main([*again, "--out", str(out / "tones")]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["compare", str(out / "labels/knn"), str(out / "tones/knn"), "--out", str(out)]) == 2
+    assert "differ in column (None; tone)" in capsys.readouterr().err
+    assert main(["report", str(out), "--out", str(out / "report.html")]) == 0
+    assert f"{toned.root}, column tone" in (out / "report.html").read_text()
+    table = (out / "report.csv").read_text().splitlines()
+    assert {line.split(",")[2] for line in table} == {"column", "", "tone"}
+
+
+def test_a_column_of_numbers_is_no_class(toned, export_folder, tmp_path, capsys):
+    asked = ["knn", "--backbone", str(export_folder), "--data", str(toned.root), "--out", str(tmp_path), "--column"]
+    assert main([*asked, "age"]) == 2
+    assert f"--column age has {len(toned)} values" in capsys.readouterr().err
+    assert main([*asked, "tones"]) == 2
+    assert "did you mean 'tone'?" in capsys.readouterr().err
+
+
 def test_result_says_all_that_a_reviewer_asks(evaluate, index, export_folder):
     result = evaluate("knn")
     about = result.about
