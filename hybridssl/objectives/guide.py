@@ -99,7 +99,7 @@ class Guide(Objective):
         counts = all_reduce_sum((~values.isnan()).sum(dim=0)).clamp_min(1)
         centres = [head.follow(cls, v) if isinstance(head, Centres) else None for head, v in self._each(values)]
         chance = [
-            _rarity(v, len(head.layers[-1].bias)) if removed and type(head) is Classes else None
+            _rarity(v, head.outputs) if removed and type(head) is Classes else None
             for removed, (head, v) in zip(self.removed, self._each(values), strict=True)
         ]
         norms = all_reduce_sum(self._squares(cls, values, counts, centres)).sqrt()
@@ -156,7 +156,7 @@ class Classes(nn.Module):
 
     def __init__(self, dim: int, outputs: int, hidden: int = 0) -> None:
         super().__init__()
-        widths = [dim, hidden, outputs] if hidden else [dim, outputs]
+        self.outputs, widths = outputs, [dim, hidden, outputs] if hidden else [dim, outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
