@@ -23,6 +23,8 @@ BUDGET = {  # and those of `benchmarks/budget.py --size cpu`
     "late, words frozen": "hybrid-late-text-frozen",
     "late, random, drawn class by class": "hybrid-late-balanced",
     "late, domain removed": "hybrid-late-no-domain",
+    "late, domain removed at full strength": "hybrid-late-no-domain-strong",
+    "DermINO's formulation": "dermino",
     "no labels": "ssl",
     "labels alone": "labels",
     "random weights": "random",

@@ -262,7 +262,7 @@ def test_figures_stand_in_their_own_cells() -> None:
             written.append(line)
             columns = ["ham linear 10 %", "ham linear", "ham knn", "composite"]
             assert line == figures.budget_row(line.split(" | ")[0][2:], columns)
-    assert len(written) == 13
+    assert len(written) == 16
     gap = {name: figures.interval(row, "+") for name, row in figures.read("ham-cpu")["differences"].items()}
     text, shift = " ".join(page.split()), figures.read("pad")["shift"]["logistic"]
     assert f"over five draws of that tenth, {gap['ssl - histogram, logistic, labels 0.1x5']}, and" in text
