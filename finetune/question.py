@@ -8,11 +8,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from finetune.columns import meta_column
 from finetune.features import Features
 from finetune.kinds import Kind, choose
 from hybridssl.errors import UserError
+from shards.index import Index
 
 Array = np.ndarray
+MANY = 100  # values of a column beyond which they are no classes
+
+
+def labelled(index: Index, column: str | None = None) -> tuple[Array, tuple[str, ...]]:
+    """int [N]: the class of each sample, -1 for none; and the classes: by the label, or by a column of the table.
+
+    UserError for a column of more than MANY values: those of an age are no classes.
+    """
+    if column is None:
+        return index.column("label"), index.classes
+    values = meta_column(index, np.arange(len(index)), column)
+    classes = tuple(sorted(set(values.tolist()) - {""}))
+    if len(classes) > MANY:
+        raise UserError(
+            f"--column {column} has {len(classes):,} values in {index.root}, more than {MANY}: it takes classes, so "
+            "group the values (ages by decade, say) in another column of the table"
+        )
+    numbers = {name: k for k, name in enumerate(classes)} | {"": -1}
+    return np.array([numbers[value] for value in values.tolist()], dtype=np.int64), classes
 
 
 def ask(

@@ -24,11 +24,10 @@ from rich.table import Table
 
 from finetune import metrics, results
 from finetune.backbones import load
-from finetune.columns import meta_column
 from finetune.encoder import Encoder
 from finetune.features import Features, default_cache, extract
 from finetune.kinds import Kind
-from finetune.question import ask
+from finetune.question import ask, labelled
 from finetune.splits import Leaks, find_leaks, guard, label_subset
 from hybridssl.errors import UserError
 from shards.address import public
@@ -37,7 +36,6 @@ from shards.terminal import Terminal
 
 SPLITS = ("train", "val", "test")
 CARVED = 0.2  # share of the train groups that chooses when there is no val split
-MANY = 100  # values of a column beyond which they are no classes
 FEW = 20  # test groups below which the percentile intervals are known to be too narrow
 
 
@@ -233,24 +231,6 @@ def prepare(args: argparse.Namespace, protocols: list[str], reads: tuple[str, ..
 
 def _column(args: argparse.Namespace) -> str | None:
     return getattr(args, "column", None)
-
-
-def labelled(index: Index, column: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """int [N]: the class of each sample, -1 for none; and the classes: by the label, or by a column of the table.
-
-    UserError for a column of more than MANY values: those of an age are no classes.
-    """
-    if column is None:
-        return index.column("label"), index.classes
-    values = meta_column(index, np.arange(len(index)), column)
-    classes = tuple(sorted(set(values.tolist()) - {""}))
-    if len(classes) > MANY:
-        raise UserError(
-            f"--column {column} has {len(classes):,} values in {index.root}, more than {MANY}: it takes classes, so "
-            "group the values (ages by decade, say) in another column of the table"
-        )
-    numbers = {name: k for k, name in enumerate(classes)} | {"": -1}
-    return np.array([numbers[value] for value in values.tolist()], dtype=np.int64), classes
 
 
 def _by_split(index: Index, label: np.ndarray, source: str | None, reads: tuple[str, ...]) -> dict[str, np.ndarray]:
