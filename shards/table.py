@@ -19,39 +19,10 @@ from shards.spreadsheet import restored
 
 # Pictures of formats that are not read. Of other suffixes nothing is said: names of patients may stand there.
 PICTURES = (
-    *(
-        ".heic",
-        ".heif",
-        ".avif",
-        ".gif",
-        ".jp2",
-        ".j2k",
-        ".jxl",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".orf",
-        ".rw2",
-    ),
-    *(
-        ".psd",
-        ".svs",
-        ".ndpi",
-        ".mrxs",
-        ".scn",
-        ".czi",
-        ".vsi",
-        ".lif",
-        ".nii",
-        ".nrrd",
-        ".mha",
-        ".mhd",
-        ".npy",
-        ".npz",
-    ),
-    *(".zip", ".tar", ".pdf"),
+    *(".heic", ".heif", ".avif", ".gif", ".jp2", ".j2k", ".jxl", ".psd", ".pdf"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2"),
+    *(".svs", ".ndpi", ".mrxs", ".scn", ".czi", ".vsi", ".lif"),
+    *(".nii", ".nrrd", ".mha", ".mhd", ".npy", ".npz", ".zip", ".tar"),
 )
 # What the column with the images is called elsewhere: for the hint, should `path` be missing.
 _PATH_NAMES = ("filename", "file_name", "filepath", "file_path", "file", "image_path", "image_id", "image_name", "img")
