@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -38,6 +39,13 @@ class Keeper:
         self.before = list(before)
         keep = Keep(recipe.save.keep, recipe.save.keep_every)
         self.writer = Writer(Path(recipe.out), keep) if accelerator.is_main_process else None
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.writer:
+            self.writer.wait()  # a run that fails, or is told to end, leaves what it had begun to write whole
 
     def due(self, step: int, guard: Guard) -> bool:
         """Not while steps are being refused: what the run may return to should lie before them."""

@@ -99,7 +99,7 @@ def train(recipe: Recipe) -> int:
     if best.enough:  # it had ended early, and was started again
         stop.reason = ENOUGH
 
-    with log, garbage.by_hand(), watchdog, stop, stream:
+    with log, garbage.by_hand(), watchdog, stop, keeper, stream:
         if probe and step == 0 and probe.due(step):
             log.write(step, probe(teacher.backbone, step))
         while step < recipe.steps and not stop.reason:

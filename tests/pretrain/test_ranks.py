@@ -36,7 +36,7 @@ def hangs_here() -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("fault", "own_words"),
-    [("dies", "RuntimeError: lost its device"), ("hangs_here", "process 1 has been at step 3 for")],
+    [("dies", "RuntimeError: lost its device"), ("hangs_here", "process 1 has been at step 4 for")],
 )
 def test_a_process_that_fails_ends_the_job_with_its_own_words(
     fault: str, own_words: str, index: Path, tmp_path: Path
@@ -64,13 +64,13 @@ def one(rank: int, fault: str, port: str, arguments: list[str]) -> int:
     if rank == 1:
         following, taken = Batches.__next__, []
 
-        def third(self: Batches):
+        def fourth(self: Batches):
             taken.append(1)
-            if len(taken) == 3:
+            if len(taken) == 4:  # the other process has begun step 3 by then, and with it the checkpoint of step 2
                 globals()[fault]()
             return following(self)
 
-        Batches.__next__ = third  # type: ignore[method-assign]
+        Batches.__next__ = fourth  # type: ignore[method-assign]
     return main(arguments)
 
 

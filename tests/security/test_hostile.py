@@ -187,11 +187,11 @@ READ = {
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("name", REFUSED)
 def test_images_that_are_refused(name: str) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(DataError) as caught:
         decode(REFUSED[name])
     assert len(str(caught.value)) < 400
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.timeout(30)

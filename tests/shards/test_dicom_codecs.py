@@ -87,10 +87,10 @@ def test_another_size_than_the_headers_is_refused_before_decoding(name: str, mon
 
 @pytest.mark.parametrize("keep", range(40, 240, 10))
 def test_a_stream_of_jpeg_ls_that_is_cut_off_takes_no_time(keep: int) -> None:
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ValueError, match=r"cut off|without a header"):
         dicom_codecs.decode_frame(STREAMS["JPEG-LS"][1][:keep] + b"\0", runner("JPEG-LS"))
-    assert time.monotonic() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("how", BOTH)
