@@ -8,9 +8,9 @@ from pathlib import Path
 FORMS = "run or exported folder | timm:NAME | hf:ID | random:SPEC | histogram (the last two: null baselines)"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every protocol that judges a backbone on labels."""
-    judged_arguments(parser, "index with labelled train and test (and val) splits", "DIR/PROTOCOL/results.json")
+def add_arguments(parser: argparse.ArgumentParser, forms: str = FORMS) -> None:
+    """The options of every protocol that judges a backbone on labels; forms: of backbones that it takes."""
+    judged_arguments(parser, "index with labelled train and test (and val) splits", "DIR/PROTOCOL/results.json", forms)
     question = parser.add_argument_group("the question")
     add, what = question.add_argument, question.add_mutually_exclusive_group()
     add("--labels", type=float, default=1.0, metavar="F", help="share of the train labels, by whole groups (1.0)")
@@ -30,10 +30,10 @@ def column_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", metavar="NAME", help=text)
 
 
-def judged_arguments(parser: argparse.ArgumentParser, data: str, result: str) -> None:
+def judged_arguments(parser: argparse.ArgumentParser, data: str, result: str, forms: str = FORMS) -> None:
     """data: what --data is; result: what is written below --out."""
     add = parser.add_argument_group("what is judged").add_argument
-    add("--backbone", required=True, metavar="SPEC", help=FORMS)
+    add("--backbone", required=True, metavar="SPEC", help=forms)
     add("--data", required=True, type=Path, metavar="DIR", help=data)
     add("--out", required=True, type=Path, metavar="DIR", help=f"where {result} goes")
     add("--overwrite", action="store_true", help="replace another result in --out")

@@ -5,7 +5,8 @@ for every value of an argument, `with`: once for every named value, `if` / `unle
 `limits`, what it does not show. In `run`, {name} stands for an argument, {each} for the value of `for` or `with`, {out}
 for the step's own folder, {results} for the study's, {first} for the folder name of the first backbone. A word that is
 nothing but an argument with many values becomes many words, and an option left without any value goes. A word with *
-becomes the paths that it fits; its command runs again when there are more of them, so say --overwrite where it has to.
+becomes the folders of earlier steps that it fits, else the paths; its command runs again when these are others, so say
+--overwrite where it has to.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import difflib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +125,20 @@ def fill(study: Study, given: Sequence[str]) -> Values:
 
 def plan(study: Study, values: Values, out: Path) -> list[Step]:
     """Every step with its commands, in order. UserError when a command names what the study does not have."""
-    return [_step(study, step, values, out) for step in study.steps]
+    steps: list[Step] = []
+    for part in study.steps:
+        step = _step(study, part, values, out)
+        places = [place for before in steps for place in before.commands]
+        commands = {at: [one for w in words for one in _of_steps(w, places)] for at, words in step.commands.items()}
+        steps.append(replace(step, commands=commands))
+    return steps
+
+
+def _of_steps(word: str, places: Sequence[Path]) -> list[str]:
+    """A word with * for the folders of earlier steps that it fits; not for what an earlier call left beside them."""
+    parts = Path(word).parts if "*" in word else ()
+    fit = [at for at in places if all(map(fnmatchcase, at.parts, parts)) and len(at.parts) <= len(parts)]
+    return [str(Path(at, *parts[len(at.parts) :])) for at in fit] or [word]
 
 
 def _step(study: Study, step: Mapping[str, Any], values: Values, out: Path) -> Step:

@@ -5,8 +5,8 @@
   python -m finetune study derm-suite data=data/derm backbones=models/derm-s,histogram --out results/derm
 
 Arguments are key=value; several values are parted by commas. Every step is a command that could be typed by hand, and
-is shown as it runs; a finished one is not run again, so a study that was cut off goes on. One whose words have a *
-takes what other steps left, so it runs again after any earlier step did. Writes OUT/report.html.
+is shown as it runs; a finished one is not run again, so a study that was cut off goes on. One that compares what other
+steps left runs again when there is more or less of it. Writes OUT/report.html.
 """
 
 from __future__ import annotations

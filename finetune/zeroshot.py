@@ -35,11 +35,12 @@ from hybridssl.page import Markup, Page
 from hybridssl.text import ClassText
 
 Array = np.ndarray
+FORMS = "run folder with a text label head | hf:ID of a CLIP-like model | random:RUN (its null baseline)"
 SPLIT = ("balanced_accuracy", "macro_auroc")  # what is also told for seen and unseen classes apart
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_arguments(parser)
+    options.add_arguments(parser, forms=FORMS)
     parser.add_argument("--text", type=Path, metavar="CSV", help="class,name,synonyms,definition of every class")
     parser.add_argument("--encoder", metavar="ID", help="text encoder of the pretraining, where the recipe names none")
 

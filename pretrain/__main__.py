@@ -4,9 +4,9 @@ import os
 import sys
 
 from pretrain.launcher import follow_the_launcher
-from pretrain.usage import asked, text
+from pretrain.usage import asked, text, words
 
-if asked(sys.argv[1:]):
+if asked(sys.argv[1:]) and not words(sys.argv[1:]):
     print(text())
     sys.exit()
 follow_the_launcher()  # before what takes seconds to import

@@ -23,7 +23,7 @@ from hybridssl.errors import UserError
 from hybridssl.schedule import cosine, ramp
 from hybridssl.student import Student
 from hybridssl.views import render
-from pretrain import branch, command, data, fit, garbage, record, usage
+from pretrain import branch, command, data, fit, garbage, keys, record, usage
 from pretrain.assemble import build_student
 from pretrain.batches import Batches
 from pretrain.best import Best
@@ -38,10 +38,10 @@ from shards.errors import DataError
 
 
 def main(arguments: Sequence[str]) -> int:
-    if usage.asked(arguments):
-        print(usage.text())
-        return 0
     try:
+        if usage.asked(arguments):
+            print("\n\n".join(map(keys.told, usage.words(arguments))) or usage.text())
+            return 0
         return train(command.load(arguments))
     except (UserError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+HELP_WORDS = {"-h", "--help", "help"}
 RECIPES = Path(__file__).parent / "recipes"
 
 HELP = """usage: accelerate launch pretrain [recipe=NAME_OR_PATH] data.train=FOLDER out=RUN_FOLDER [key=value ...]
@@ -20,6 +21,7 @@ around our own lines.
   out=DIR          the run folder: recipe.yaml, metrics.jsonl, checkpoints/, report.html
   key=value        any key of the recipe, for example steps=2000 batch.size=128 batch.micro=32 seed=1
                    objectives.labels=null switches a part off; lists as views.local_scale=[0.1,0.4]
+                   --help KEY tells what it means, with its default: --help optim.lr, --help views; all: --help keys
 
 examples
   python -m pretrain data.train=data/derm out=runs/derm
@@ -29,7 +31,12 @@ examples
 
 
 def asked(arguments: Sequence[str]) -> bool:
-    return not arguments or bool({"-h", "--help", "help"} & set(arguments))
+    return not arguments or bool(HELP_WORDS & set(arguments))
+
+
+def words(arguments: Sequence[str]) -> list[str]:
+    """The recipe keys that help was asked for (pretrain/keys.py tells them)."""
+    return [word for word in arguments if word not in HELP_WORDS and "=" not in word]
 
 
 def text() -> str:

@@ -29,7 +29,7 @@ import hybridssl.__main__ as hybridssl_door
 import shards.__main__ as shards_door
 from hybridssl import objectives
 from hybridssl.recipe import parse_overrides, read_yaml, resolve
-from pretrain import cost, doctor, loop
+from pretrain import cost, doctor, keys, loop
 from pretrain import recipe as recipes
 from shards import demo, readers
 from shards.build import build
@@ -117,11 +117,14 @@ def recipe_of(arguments: list[str]) -> None:
     """The keys exist and have values that they can have; a bundled recipe that is named exists."""
     if arguments in ([], ["--help"]):  # the door's name alone
         return
-    keys = parse_overrides(arguments)
-    name = str(keys.pop("recipe", "auto"))
-    keys.get("objectives", {}).pop("byol", None)
+    if arguments[0] == "--help":
+        assert keys.told(arguments[1])
+        return
+    given = parse_overrides(arguments)
+    name = str(given.pop("recipe", "auto"))
+    given.get("objectives", {}).pop("byol", None)
     layer = read_yaml(recipes.find(name)) if name != "auto" and not name.endswith(".yaml") else {}
-    recipe = resolve(recipes.Recipe, [layer, keys])
+    recipe = resolve(recipes.Recipe, [layer, given])
     assert recipe.data.sets
     assert recipe.out.startswith("runs/")
 
@@ -137,9 +140,9 @@ def test_there_are_commands_to_test() -> None:
 
 
 @pytest.mark.parametrize("page", ALL)
-def test_every_recipe_key_that_a_page_names_exists(page: str, hooks: ModuleType) -> None:
-    known = {*hooks.all_keys(), *ADDED}
-    parts = {path for path, _, _ in hooks.sections(recipes.Recipe)} - {""}
+def test_every_recipe_key_that_a_page_names_exists(page: str) -> None:
+    known = {*keys.all_keys(), *ADDED}
+    parts = {path for path, _, _ in keys.sections()} - {""}
     heads = {path.split(".")[0] for path in parts}
     for code in re.findall(r"`([^`\n]+)`", ALL[page]):
         for word in re.findall(r"(?<![\w./-])([a-z_]+(?:\.[a-z_]+)+)(?![\w/(])", code):
@@ -148,24 +151,24 @@ def test_every_recipe_key_that_a_page_names_exists(page: str, hooks: ModuleType)
 
 
 def test_every_key_says_what_it_is(hooks: ModuleType) -> None:
-    keys = hooks.all_keys()
-    assert len(keys) > 100
-    assert {path for path, key in keys.items() if not key.help} == set()
-    assert keys["optim.lr"].default == 1e-3
+    known = keys.all_keys()
+    assert len(known) > 100
+    assert {path for path, key in known.items() if not key.help} == set()
+    assert known["optim.lr"].default == 1e-3
     page = hooks.on_page_markdown(PAGES["keys.md"])
     for path in ("steps", "views.mask_shape", "objectives.labels.pseudo_above"):
         assert f"\n`{path}`\n:   " in page
     assert "\n`views.mask_shape`\n:   `block`, `random`, `inverse_block`, default `block`" in page
 
 
-def test_no_key_is_without_a_reader(hooks: ModuleType) -> None:
+def test_no_key_is_without_a_reader() -> None:
     """A key that no line of the packages reads by its name is a promise that nobody keeps."""
     trees = [ast.parse(p.read_text(encoding="utf-8")) for folder in PACKAGES for p in (ROOT / folder).rglob("*.py")]
     read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    assert [path for path in hooks.all_keys() if path.rpartition(".")[2] not in read] == []
+    assert [path for path in keys.all_keys() if path.rpartition(".")[2] not in read] == []
 
 
-def test_a_comment_belongs_to_its_field(hooks: ModuleType) -> None:
+def test_a_comment_belongs_to_its_field() -> None:
     source = """\
     class Options:
         # above the first
@@ -179,7 +182,7 @@ def test_a_comment_belongs_to_its_field(hooks: ModuleType) -> None:
         # of a method
         def method(self): ...
     """
-    assert hooks.field_comments(source) == {
+    assert keys.field_comments(source) == {
         "first": "above the first",
         "second": "beside, and going on",
         "third": "beside",
@@ -338,11 +341,11 @@ def run(added, lesions: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_a_new_loss_is_one_file_and_one_line(run: Path, hooks: ModuleType) -> None:
+def test_a_new_loss_is_one_file_and_one_line(run: Path) -> None:
     from tests.pretrain.conftest import lines
 
-    assert hooks.all_keys().keys() >= set(ADDED)
-    assert hooks.all_keys()["objectives.byol.hidden"].help == "width of the predictor"
+    assert keys.all_keys().keys() >= set(ADDED)
+    assert keys.all_keys()["objectives.byol.hidden"].help == "width of the predictor"
     found = [line["loss/byol"] for line in lines(run)]
     assert len(found) == 4
     assert all(0 <= value <= 4 for value in found)

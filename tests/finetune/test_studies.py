@@ -136,7 +136,9 @@ def test_what_takes_all_there_is_runs_again_when_there_is_more(index, tmp_path, 
         if title in fails:
             raise UserError("cut off")
         ran.append(title)
+        compared.append([word for word in words if word.endswith("/logistic")])
 
+    compared: list[list[str]] = []
     monkeypatch.setattr(study, "_execute", execute)
     words = ["study", "--out", str(tmp_path / "out"), str(tmp_path / "mine.yaml"), f"data={index.root}"]
     monkeypatch.setattr(study_page, "page", lambda *a: Page("none", ""))
@@ -148,8 +150,12 @@ def test_what_takes_all_there_is_runs_again_when_there_is_more(index, tmp_path, 
     fails.clear()
     assert main([*words, "backbones=a,b"]) == main([*words, "backbones=a,b"]) == 0
     assert ran == ["Linear probe", "Verdict", "Linear probe", "Verdict"]
+    a, b = (str(tmp_path / "out" / "linear-probe" / name / "logistic") for name in "ab")
+    assert compared == [[], [a], [], [a, b]]
+    assert main([*words, "backbones=b,c"]) == 0
+    assert compared[4:] == [[], [b, b.replace("/b/", "/c/")]], "a, which is no longer asked about, is not compared"
     done = json.loads((tmp_path / "out/done.json").read_text())
-    assert len(done) == len(set(done)) == 3
+    assert len(done) == len(set(done))
 
 
 def test_the_suite_compares_with_the_first_backbone(tmp_path):
