@@ -89,6 +89,8 @@ def write_index(
     if not len(columns):
         what = f"no sample with an image ({', '.join(IMAGE_EXTENSIONS)})"
         raise DataError(f"{what} in the {len(shards)} tars of {root}")
+    if in_place:  # what `build` writes has keys that name one sample each
+        columns.tell_apart(shards)
     new = root / "index.safetensors.new", root / "index.json.new"
     try:
         save_file(columns.finish(), new[0])
@@ -247,6 +249,18 @@ class _Columns:
             self.vocabulary.setdefault(source, set()).update(labels)
         self.keys += record["key"].encode()
         self.key_at.append(len(self.keys))
+
+    def tell_apart(self, shards: list[dict[str, Any]]) -> None:
+        """Where shards number their samples alike, say the shard in every key: an audit, a gallery and a table for the
+        annotators name samples by it."""
+        keys = [bytes(self.keys[start:end]) for start, end in zip(self.key_at, self.key_at[1:], strict=False)]
+        if len(set(keys)) == len(keys):
+            return
+        stems = [Path(about["name"]).stem for about in shards for _ in range(about["samples"])]
+        self.keys, self.key_at = bytearray(), array("q", [0])
+        for stem, key in zip(stems, keys, strict=True):
+            self.keys += stem.encode() + b"/" + key
+            self.key_at.append(len(self.keys))
 
     @staticmethod
     def _number(names: list[str], name: str) -> int:

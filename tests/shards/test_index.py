@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from shards import scan
+from shards.audit import FORMAT, excluded
 from shards.errors import DataError
 from shards.format import hash64
 from shards.index import Index
@@ -114,6 +115,18 @@ def test_foreign_tars_are_indexed_where_they_lie(tmp_path: Path, jpeg: Callable[
     assert samples[1].meta == {"width": 64}
     assert samples[2].text == "Bläschen"
     assert index.column("label").tolist() == [0, 1, -1]
+
+
+def test_a_key_names_one_sample_where_shards_number_alike(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    """Left out by its key, an image of another shard would go with it."""
+    for shard in (0, 1):
+        write_tar(tmp_path / f"{shard:05d}.tar", [(f"{i:04d}.jpg", jpeg(10 * shard + i)) for i in range(2)])
+    index = scan.write(tmp_path, in_place=True)
+    assert [index.key(i) for i in range(4)] == ["00000/0000", "00000/0001", "00001/0000", "00001/0001"]
+    assert index.read(2).image == jpeg(10)
+    document = {"index": {"sha256": index.sha256}, "drop": ["00001/0000"], "leaks": [], "format": FORMAT, "version": 1}
+    (tmp_path / "audit.json").write_text(json.dumps(document))
+    assert excluded(tmp_path / "audit.json", index).tolist() == [2]
 
 
 @pytest.mark.parametrize("name", ["a.pkl", "a.PTH", "a.seg.pickle", "a.pt", "a.pyd"])
