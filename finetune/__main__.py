@@ -14,7 +14,7 @@ from shards.errors import DataError
 VERBS = {
     "knn": "k nearest neighbours on frozen features; nothing is trained",
     "probe": "logistic regression and a linear probe on frozen features",
-    "fewshot": "k labelled images a class, drawn many times: how few labels will do",
+    "fewshot": "k labelled images per class, drawn many times: how few labels will do",
     "zeroshot": "classes that were never labelled, known by their names in words",
     "retrieve": "find similar cases: precision@k, mAP, and a page of queries with answers",
     "segment": "masks from frozen patches: linear, k-NN and UPerNet heads; IoU and Dice",
@@ -44,7 +44,8 @@ examples:
   python -m finetune report results --out results/report.html
 
 Train labels teach, val labels choose hyper-parameters, test labels are read once. Intervals resample patients or
-lesions (the `group` column), never images. `python -m finetune VERB --help` tells the options of a verb.
+lesions (the `group` column), and images only where there is no group. `python -m finetune VERB --help` shows the
+options of a verb.
 """
 
 

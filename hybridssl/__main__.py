@@ -1,4 +1,4 @@
-"""The door of this package: python -m hybridssl prototypes | export | doctor."""
+"""`python -m hybridssl prototypes | export | doctor`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROTOTYPES = """\
 Turn class names, synonyms and definitions into text embeddings that a pretraining run starts its label prototypes from
 (recipe key text.cache), and print which classes the encoder finds alike: read that list with a clinician's eye.
 
-classes.csv has a row a class; only the first column must be filled:
+classes.csv has one row per class; only the first column must be filled:
 
   class,name,synonyms,definition
   mel,melanoma,malignant melanoma|MM,a malignant tumour of melanocytes

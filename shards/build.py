@@ -31,10 +31,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Left:
-    """Of a folder, what is not packed."""
+    """Of the folder and the table, what is not used."""
 
     ignored: int = 0  # images that the table does not name
     unread: dict[str, int] = field(default_factory=dict)  # {suffix: number} of pictures in a format that is not read
+    splits: int = 0  # images whose own split --split overrides
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Built:
     """What `build` made."""
 
     index: Index
-    left: Left  # what the folder holds besides
+    left: Left  # what there was besides
     quarantined: int  # images that do not decode, listed in quarantine.jsonl
     dropped: int = 0  # duplicates, or what an audit calls superfluous
 
@@ -71,12 +72,14 @@ def build(
 def build_part(
     images: str | Path, out: str | Path, table: str | Path | None, options: BuildOptions, progress: Progress
 ) -> Left:
-    """Write the shards of `options.part`, for `join`. What of the folder is not packed."""
+    """Write the shards of `options.part`, for `join`. What of the folder and the table is not used."""
     found = find_images(Path(images))
     rows = gather(Path(images), found.images, Path(table) if table is not None else None, options)
+    splits = sum(bool(row.split) for row in rows) if options.split else 0
+    rows = _stratified(rows, options) if options.stratify else rows
     drop = _audited(options, rows)
     parts.write_part(begin(Path(out), options.overwrite), plan(rows, options, drop), options, drop, progress)
-    return Left(len(found.images) - sum(max(1, len(row.slices)) for row in rows), found.unread)
+    return Left(len(found.images) - sum(max(1, len(row.slices)) for row in rows), found.unread, splits)
 
 
 def join(out: str | Path, overwrite: bool = False, progress: Progress = lambda done, total: None) -> Built:
@@ -92,7 +95,7 @@ def join(out: str | Path, overwrite: bool = False, progress: Progress = lambda d
 
 
 def gather(folder: Path, found: dict[str, Path], table: Path | None, options: BuildOptions) -> list[Row]:
-    """The rows to pack, complete: what table and folders say, identifiers hashed, stratified splits drawn."""
+    """The rows to pack: what table and folders say, identifiers hashed."""
     foreign = [reader for reader in map(readers.of_file, found.values()) if reader]  # which may name the patients
     if dicom in foreign:
         if not options.salt:
@@ -111,7 +114,7 @@ def gather(folder: Path, found: dict[str, Path], table: Path | None, options: Bu
     rows = _hashed(rows, options)
     if options.split:
         _check_by(rows, options, table, bool(foreign))
-    return _stratified(rows, options) if options.stratify else rows
+    return rows
 
 
 def write_linkage(path: Path, images: Path, table: Path | None, options: BuildOptions) -> None:

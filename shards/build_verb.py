@@ -157,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("what is known of the images", "Other columns of the table are kept as meta.")
     group.add_argument(
-        "--table", type=Path, metavar="FILE", help="CSV or Parquet, a row an image (default: all images)"
+        "--table", type=Path, metavar="FILE", help="CSV or Parquet, one row per image (default: all images)"
     )
     for role in ROLES:
         flags = [f"--{role}-column"] + (["--image-column"] if role == "path" else [])
@@ -193,6 +193,13 @@ def run(args: argparse.Namespace) -> build.Built | None:
         console.print(f"{built.left.ignored:,} images of {args.images} are not in the table and were left out")
     if built.left.unread:
         console.print(f"of {args.images}, {told(built.left.unread)}", style="yellow", soft_wrap=True)
+    if built.left.splits:
+        console.print(
+            f"{built.left.splits:,} images had a split of their own, which --split {args.split} overrides: without "
+            "--split it is kept",
+            style="yellow",
+            soft_wrap=True,
+        )
     tell(built, args.out)
     return built
 

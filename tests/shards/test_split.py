@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shards.__main__ import main
 from shards.build import build
 from shards.errors import DataError
 from shards.options import BuildOptions
@@ -82,6 +83,22 @@ def test_stratified_build_then_a_larger_one(
         BuildOptions(stratify=True)
     with pytest.raises(DataError, match="--keep-splits goes with --stratify"):
         BuildOptions(split="50/50", keep_splits=str(tmp_path / "first"))
+
+
+@pytest.mark.parametrize("how", [[], ["--stratify"]])
+def test_a_split_of_the_table_that_is_overridden_is_told(
+    how: list[str], tmp_path: Path, jpeg: Callable[..., bytes], write_table: Callable[..., Path], capsys
+) -> None:
+    (tmp_path / "images").mkdir()
+    rows = [{"path": f"{i}.jpg", "label": "ab"[i % 2], "split": "test" if i < 5 else ""} for i in range(12)]
+    for i in range(12):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(jpeg(i, 8, 8))
+    table = write_table(tmp_path / "t.csv", rows)
+    words = ["build", "--images", str(tmp_path / "images"), "--table", str(table), "--out"]
+    assert main([*words, str(tmp_path / "kept")]) == 0
+    assert "a split of their own" not in capsys.readouterr().out
+    assert main([*words, str(tmp_path / "drawn"), "--split", "50/50", *how]) == 0
+    assert "5 images had a split of their own, which --split 50/50 overrides" in capsys.readouterr().out
 
 
 def test_without_a_value_of_the_column_a_patient_stays_together(
