@@ -12,6 +12,7 @@ import numpy as np
 from rich.progress import track
 
 from hybridssl.errors import UserError
+from shards.cells import free
 from shards.index import Index
 from shards.terminal import Terminal
 
@@ -44,7 +45,7 @@ def _rows(index: Index, numbers: bytes) -> list[dict[str, str]]:
     rows = []
     for number in track(wanted, "columns of the table", console=Terminal(stderr=True), transient=True):
         sample = index.read(number)
-        row = {str(key): str(value) for key, value in sample.meta.items() if value is not None}
+        row = {str(key): free(value) for key, value in sample.meta.items() if value is not None}
         special = (sample.source, "|".join(sample.labels), sample.group, sample.split)
         rows.append(row | dict(zip(SPECIAL, special, strict=True)))
     return rows

@@ -120,6 +120,7 @@ def _aligned(first: Judged, other: Judged) -> Judged:
         "source": lambda r: r.about["data"]["source"],
         "column": lambda r: r.about["data"].get("column"),
         "share of labels": lambda r: r.about["data"]["labels"],
+        "most labelled images a class": lambda r: max(r.about["selected"].get("grid", {}).get("shots") or [0]),
         "task": lambda r: (r.about["task"]["kind"], tuple(r.about["data"]["classes"])),
     }.items():
         if at(a) != at(b):

@@ -58,9 +58,11 @@ def eligible(pool: Pool, seeds: list[int], images: int, classes: int) -> tuple[l
     names, sizes = np.unique(pool.domain, return_counts=True)
     for name in names[np.argsort(-sizes, kind="stable")].tolist():
         splits = [pool.parts(seed, name) for seed in seeds]
-        train, val = min((t for t, _ in splits), key=len), min((v for _, v in splits), key=len)
+        trains = [train for train, _ in splits]
+        train, val = min(trains, key=len), min((v for _, v in splits), key=len)
         test = pool.of(pool.test, name)
-        lasting = int((np.minimum(pool.counts(train), pool.counts(test)) >= CLASS_IMAGES).sum())
+        fewest = np.min([pool.counts(rows) for rows in (*trains, test)], axis=0)  # each seed drew labels of its own
+        lasting = int((fewest >= CLASS_IMAGES).sum())
         if not name:
             skipped["(unknown)"] = f"{int((pool.domain == '').sum()):,} images name no domain"
         elif len(train) < images or len(test) < images:

@@ -102,7 +102,10 @@ def run(args: argparse.Namespace) -> None:
     own, _ = shift.distances(reference.x["cls"], reference.group, reference.x["cls"], reference.group)
     distance, nearest = shift.distances(reference.x["cls"], reference.group, asked.x["cls"], asked.group)
     percentile = shift.percentile(own, distance)
-    lines = compare_parts(reference, asked, periods, percentile, args.seed)
+    lines, small = compare_parts(reference, asked, periods, percentile, args.seed)
+    if small:
+        few = f"fewer than {LEAST} patients, lesions or single images"
+        notes.append(f"not compared by themselves, as they have {few}: {', '.join(small)}")
     checked = []
     if control is not None and len(np.unique(control.group)) >= LEAST:
         checked.append(control_line(reference, control, own, args.seed))
@@ -177,8 +180,9 @@ def periods_of(values: Array) -> Array:
 
 def compare_parts(
     reference: Features, asked: Features, periods: Array | None, percentile: Array, seed: int
-) -> list[Line]:
-    """All new images; each source, with the reference's images of that source where it has them; each period."""
+) -> tuple[list[Line], list[str]]:
+    """All new images; each source, with the reference's images of that source where it has them; each period. And what
+    is too small to be compared, with how many patients it has."""
     parts: list[tuple[str, str, Array, Array]] = [
         ("all", "all", np.ones(len(reference), bool), np.ones(len(asked), bool))
     ]
@@ -192,16 +196,19 @@ def compare_parts(
             parts.append(("source", label, rows if same else parts[0][2], names == name))
     for name in np.unique(periods[periods != ""]) if periods is not None else ():
         parts.append(("time", str(name), parts[0][2], periods == name))
-    parts = [part for part in parts if len(np.unique(asked.group[part[3]])) >= LEAST]
+    groups = [len(np.unique(asked.group[new])) for *_, new in parts]
+    small = [f"{name} ({n})" for (_, name, _, _), n in zip(parts, groups, strict=True) if n < LEAST]
+    parts = [part for part, n in zip(parts, groups, strict=True) if n >= LEAST]
     compared = [
         shift.compare(units(reference.take(old), seed), units(asked.take(new), seed), seed, enough(len(parts)) - 1)
         for _, _, old, new in track(parts, "comparing", console=Terminal(stderr=True), transient=True)
     ]
     corrected = holm([c.p for c in compared])
-    return [
+    lines = [
         Line(kind, name, int(new.sum()), c, far_share(percentile[new], asked.group[new]), p)
         for (kind, name, _, new), c, p in zip(parts, compared, corrected, strict=True)
     ]
+    return lines, small
 
 
 def control_line(reference: Features, control: Features, own: Array, seed: int) -> Line:

@@ -160,6 +160,10 @@ def doubtful(labelled: Features, pool: Features, space: Pool, args: argparse.Nam
         val = label_subset(strata, labelled.group, CARVED, args.seed, keep_one=True)
     if not val.any() or val.all():
         raise UserError(f"{pool.index} has too few labels to fit and judge a probe: start with --strategy typiclust")
+    if not several and len(np.unique(y[~val])) < 2:  # val may name more
+        raise UserError(
+            f"{pool.index} has train labels of one class to fit a probe on: start with --strategy typiclust"
+        )
     rows = np.flatnonzero(~val), np.flatnonzero(val)
     head = probe.fit(labelled.x, y, *rows, kind, len(classes), args.seed)
     picks = strategies.uncertainty(space, args.count, head.predict(pool.x), classes, several)

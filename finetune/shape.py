@@ -39,8 +39,13 @@ class _Metric(_Part):
     high: Number | None
 
 
+class _Grid(_Part):
+    shots: list[NonNegativeInt] = []  # of fewshot: labelled images a class
+
+
 class _Selected(_Part):
     split: StrictStr
+    grid: _Grid = _Grid()
     choices: list[dict[StrictStr, Any]] = Field(min_length=1)
 
 

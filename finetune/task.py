@@ -160,8 +160,9 @@ class Task:
         """What a reader of the figures must know, in plain sentences."""
         said = []
         taught = np.min([self.counts(train) for train in trained], axis=0)
-        untaught = [c for c, count in zip(self.classes, taught, strict=True) if not count]
-        unasked = [c for c, count in zip(self.classes, self.counts(self.test), strict=True) if not count]
+        asked = self.counts(self.test)
+        untaught = [c for c, count, judged in zip(self.classes, taught, asked, strict=True) if judged and not count]
+        unasked = [c for c, count in zip(self.classes, asked, strict=True) if not count]
         if untaught:
             said.append(f"no training label for {', '.join(untaught)}: its test images count as wrong")
         if unasked:
@@ -200,9 +201,11 @@ def prepare(args: argparse.Namespace, protocols: list[str], reads: tuple[str, ..
     """
     if not 0 < args.labels <= 1:
         raise UserError(f"--labels {args.labels} must be above 0 and at most 1 (a share of the train labels)")
+    if (column := _column(args)) and args.multi_label:
+        raise UserError(f"--column {column} has one value per image: leave --multi-label out")
     started = time.monotonic()
     index = Index.open(args.data)
-    label, classes = labelled(index, column := _column(args))
+    label, classes = labelled(index, column)
     numbers = _by_split(index, label, args.source, reads)
     encoder = load(args.backbone, seed=args.seeds[0], device=device_of(args.device), size=args.size)
     leaks = guard(find_leaks(index, numbers, encoder.digests), args.allow_leak)

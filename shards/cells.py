@@ -26,6 +26,13 @@ def cell(value: Any, what: str) -> str:
     raise DataError(f"{what} is {reprlib.repr(value)}: make it a text or a whole number, or leave it out")
 
 
+def free(value: Any) -> str:
+    """A value of a free column as text: as `cell`, but whatever else is there is written out."""
+    if value is None or value != value:
+        return ""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def labels_of(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """The labels in a `json` member: a cell, or a list of them. DataError, about the sample `where`, as for `cell`."""
     value = row.get("label")

@@ -21,7 +21,7 @@ from shards.options import BuildOptions
 from shards.place import partial_of
 from shards.plan import Plan
 from shards.tars import write_tar
-from shards.workers import Task, Work, write_shards
+from shards.workers import Task, Work, write_note, write_shards
 
 _FEW = 2000  # files for which another process is not worth its start
 _THREADS = 4  # that one process keeps busy (workers.py says why)
@@ -42,12 +42,15 @@ def write_part(folder: Path, plan: Plan, options: BuildOptions, drop: frozenset[
     """Write the shards of `options.part` that are not there yet. DataError when worker processes die."""
     for path in folder.glob("shard-*"):  # of an earlier build with more shards
         if int(path.name[6:12]) >= len(plan.shards):
-            path.unlink()
+            path.unlink(missing_ok=True)  # tasks of an array that start together all delete it
     mine = plan.part(*options.part)
     todo = [number for number in mine if not _is_done(folder, number, plan)]
     total, left = (sum(len(plan.shards[number]) for number in numbers) for numbers in (mine, todo))
     progress(total - left, total)
-    note = {"plan": plan.digest, "of": len(plan.shards), "parts": options.part[1], "channels": options.channels}
+    note = {"plan": plan.digest, "files": plan.files, "of": len(plan.shards), "parts": options.part[1]}
+    note |= {"channels": options.channels}
+    for number in set(mine) - set(todo):  # kept, and of this attempt too; `_survey` asks which is newest
+        write_note(_note(folder, number), _read(folder, number) | note)
     tasks = [Task(folder / _tar(n), plan.shards[n], note | {"state": plan.states[n]}) for n in todo]
     workers = options.workers or os.cpu_count() or 1
     processes = max(1, min(-(-workers // _THREADS), len(tasks), left // _FEW))
@@ -113,23 +116,31 @@ def _survey(folder: Path, out: Path) -> tuple[int, int, dict[str, str]]:
         raise DataError(
             f"{out} has no parts to join: run `python -m shards build --part 1/N ... --out {out}` and so on"
         )
-    first = _read(folder, numbers[0])
+    # What is not like the newest part is of an earlier attempt, and some files of it may have changed since.
+    newest = max(numbers, key=lambda number: _note(folder, number).stat().st_mtime_ns)
+    last = _read(folder, newest)
     same: dict[int, list[tuple[int, str, list[str]]]] = {}
-    for number in range(first["of"]):
-        part = f"part {number % first['parts'] + 1}/{first['parts']}"
+    for number in range(last["of"]):
+        part = f"part {number % last['parts'] + 1}/{last['parts']}"
         if number not in numbers or not (folder / _tar(number)).is_file():
             raise DataError(f"{_tar(number)} is not there: run {part} of the build, or again; it goes on where it was")
         note = _read(folder, number)
-        if note["plan"] != first["plan"]:
+        if note["plan"] != last["plan"]:
             raise DataError(
-                f"{_tar(number)} is of another build than {_tar(numbers[0])} (other files, table or options): run "
+                f"{_tar(number)} is of another build than {_tar(newest)} (other files, table or options): run "
                 f"{part} again, with the same command as the others"
+            )
+        if note.get("files") != last.get("files"):
+            raise DataError(
+                f"{_tar(number)} may be out of date: files were changed before {_tar(newest)} was written. Run {part} "
+                "again, which packs only what changed (parts that read copies of their own need copies with the same "
+                "times: cp -a)"
             )
         for record in note["records"]:
             if record["pixels"]:
                 rank = 2 * _KEEP.get(record["split"], 3) + (not record["labels"])
                 same.setdefault(record["pixels"], []).append((rank, record["key"], record["labels"]))
-    return first["of"], first["channels"], _twins(same)
+    return last["of"], last["channels"], _twins(same)
 
 
 def _twins(same: dict[int, list[tuple[int, str, list[str]]]]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def begin(out: Path, overwrite: bool) -> Path:
     """The folder to fill, with what an interrupted build left there. DataError when `out` may not be replaced."""
     if out.exists():
         _check_replaceable(out, overwrite)
+        _room(out.absolute())  # before the work: what an earlier build has left there may be what the disk lacks
     partial = partial_of(out)
     if partial.exists() and not _only_ours(partial):
         raise DataError(f"{partial} is in the way and not ours to delete: move it elsewhere")
@@ -53,13 +55,32 @@ def begin(out: Path, overwrite: bool) -> Path:
 def finish(out: Path) -> None:
     """Put the filled folder in its place; what was there goes last."""
     out = out.absolute()
-    old, mine = out.with_name(out.name + ".old.partial"), out / "classes.csv"
+    mine = out / "classes.csv"
     if mine.is_file() and not (partial_of(out) / mine.name).exists():  # written by hand: no build makes one of images
         shutil.copy2(mine, partial_of(out))
-    if out.exists():
+    old = _room(out) if out.exists() else None
+    if old:
         os.replace(out, old)
     os.replace(partial_of(out), out)
-    shutil.rmtree(old, ignore_errors=True)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _room(out: Path) -> Path:
+    """Where `out` can go when it is replaced. What an earlier build could not remove there is tried again."""
+    old, number = out.with_name(out.name + ".old.partial"), 1
+    while _stays(old):
+        number += 1
+        old = out.with_name(f"{out.name}.old-{number}.partial")
+    return old
+
+
+def _stays(old: Path) -> bool:
+    """Is it there, also after an attempt to remove it?"""
+    with suppress(OSError):  # it may not be ours to list
+        if _only_ours(old) and not any(old.glob("shard-*.json")):  # notes are of a build whose --out is called OUT.old
+            shutil.rmtree(old)
+    return os.path.lexists(old)
 
 
 def header_of(folder: Path) -> dict[str, Any] | None:

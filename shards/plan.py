@@ -21,6 +21,7 @@ class Plan:
     shards: list[list[Row]]
     digest: str  # of files, table and options
     states: list[str]  # of each shard: also of the times at which its files were changed
+    files: str  # of all shards, likewise: what a part saw of the files of the others
 
     def part(self, number: int, of: int) -> list[int]:
         """The shards of part `number`, counted from 1."""
@@ -43,9 +44,11 @@ def plan(rows: list[Row], options: BuildOptions, drop: frozenset[str] = frozense
         shards[-1].append(row)
         said = [str(getattr(row, f.name)) for f in fields(row) if f.name not in ("image", "mask", "slices")]
         said += [path.name for path in row.slices]
-        whole.update(repr((size, said)).encode())
-        states[-1].update(repr((size, said, changed, row.mask and _stat(row.mask))).encode())
-    return Plan(shards, whole.hexdigest(), [state.hexdigest() for state in states])
+        mask = (row.mask.name, *_stat(row.mask)) if row.mask else ()
+        whole.update(repr((size, said, mask[:2])).encode())
+        states[-1].update(repr((size, said, changed, mask)).encode())
+    each = [state.hexdigest() for state in states]
+    return Plan(shards, whole.hexdigest(), each, blake2b(repr(each).encode(), digest_size=16).hexdigest())
 
 
 def _expected(size: int, options: BuildOptions) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.cells import free
 from shards.errors import DataError
 from shards.index import Index
 from shards.looks import Looks
@@ -39,10 +40,10 @@ def columns(index: Index) -> dict[str, list[str]]:
         except DataError:
             continue
         for name, value in row.items():
-            if isinstance(value, str | int | float) and value != "":
+            if isinstance(value, str | int | float) and (text := free(value)):
                 if name not in table:
                     table[name] = [""] * len(index)
-                table[name][i] = str(value)
+                table[name][i] = text
     return dict(sorted(table.items()))
 
 

@@ -67,9 +67,13 @@ def write_shard(task: Task, work: Work, tick: Tick) -> None:
     note["about"], note["records"] = scan.shard(task.path)
     for record, digest in zip(note["records"], pixels, strict=True):
         record["pixels"] = digest
-    new = task.path.with_suffix(".json.new")
+    write_note(task.path.with_suffix(".json"), note)
+
+
+def write_note(path: Path, note: dict[str, Any]) -> None:
+    new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(note, ensure_ascii=False), encoding="utf-8")
-    os.replace(new, task.path.with_suffix(".json"))
+    os.replace(new, path)
 
 
 def packed(rows: list[Row], work: Work) -> Iterator[Result]:

@@ -36,6 +36,7 @@ def write(
     kind = kind or kinds.choose("one-of", classes)
     scores = test.scores if test.scores.ndim == 3 else test.scores[None]
     val, choices = val or [], [{"seed": s} for s in range(len(scores))]
+    grid = data.pop("grid", {})
     about = {
         "protocol": data.pop("protocol", "knn"),
         "task": kind.as_dict(),
@@ -53,7 +54,7 @@ def write(
             "bad": [],
             **data,
         },
-        "selected": {"split": "val", "by": kind.select_by, "grid": {}, "choices": choices},
+        "selected": {"split": "val", "by": kind.select_by, "grid": grid, "choices": choices},
         "seeds": list(range(len(scores))),
         "cost": {"seconds": 3.25, "labels_used": {"train": [100], "val": [20]}, "peak_memory_mb": 100.0},
         "leaks": {"pretraining": 0, "groups": 0, "images": 0, "allowed": False},

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
+import cv2
 import numpy as np
 import pytest
 
 from finetune.columns import meta_column
 from hybridssl.errors import UserError
+from shards import scan
+from shards.tars import write_tar
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,18 @@ def test_an_unknown_column_names_the_near_one(wards):
         meta_column(index, np.arange(9), "wards")
     with pytest.raises(UserError, match=r"has a column 'scanner'; it has source, .* age"):
         meta_column(index, np.arange(9), "scanner")
+
+
+def test_a_number_of_a_foreign_tar_has_one_name_and_nan_none(tmp_path):
+    image = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    values = [1, 1.0, float("nan"), None, 0.5, "x"]
+    rows = [{"label": "a", "grade": value} for value in values]
+    write_tar(
+        tmp_path / "a.tar",
+        ({"__key__": str(n), "png": image, "json": json.dumps(r).encode()} for n, r in enumerate(rows)),
+    )
+    found = meta_column(scan.write(tmp_path), np.arange(len(rows)), "grade")
+    assert found.tolist() == ["1", "1", "", "", "0.5", "x"]
 
 
 def test_a_pool_without_labels_and_sources_is_empty(new_index, table):

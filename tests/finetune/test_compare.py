@@ -225,6 +225,20 @@ def test_another_question_is_refused(folders, tmp_path, capsys, about, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_few_labels_are_compared_with_as_few(tmp_path, capsys):
+    """The scores that are compared are those of the largest number of labelled images a class."""
+    shots = {"two": [1, 2], "ten": [1, 10], "also-ten": [10]}
+    paths = {
+        name: write(
+            tmp_path / name / "fewshot", patients(240, size=2), name=name, protocol="fewshot", grid={"shots": k}
+        )
+        for name, k in shots.items()
+    }
+    assert main(["compare", str(paths["two"]), str(paths["ten"]), "--out", str(tmp_path / "out")]) == 2
+    assert "differ in most labelled images a class (2; 10)" in capsys.readouterr().err
+    assert main(["compare", str(paths["ten"]), str(paths["also-ten"]), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_other_images_labels_and_a_lone_result_are_refused(folders, tmp_path, capsys):
     part = patients(240, size=2)
     fewer = write(tmp_path / "fewer/knn", Part(part.scores[:230], part.y[:230], part.group[:230], part.number[:230]))

@@ -187,6 +187,21 @@ def test_domains_that_cannot_be_judged_say_why():
     }
 
 
+def test_a_domain_that_one_draw_of_the_labels_leaves_a_single_class_is_left_out():
+    images = pool(["a", "b", "c"], {"a": [0, 1], "b": [0, 1], "c": [0, 1]})
+    train, val = images.split(0)
+
+    def split(seed):
+        """Every second label; of c, by the second seed, only those of one class."""
+        half = [rows[::2] for rows in (images.of(train, "a"), images.of(train, "b"))]
+        own = images.of(train, "c")
+        return np.concatenate([*half, own[images.y[own] == 0][:10] if seed else own[:10]]), val
+
+    kept, skipped = eligible(replace(images, split=split), [0, 1], images=10, classes=2)
+    assert kept == ["a", "b"]
+    assert skipped == {"c": "1 classes with 5 train and 5 test images, fewer than 2"}
+
+
 def test_a_domain_of_few_test_patients_is_left_out():
     images = pool(["a", "b", "c"], {"a": [0, 1], "b": [0, 1], "c": [0, 1]})
     group = np.where(images.domain == "c", images.group % 3, images.group + 3)

@@ -111,7 +111,7 @@ def test_a_month_can_raise_an_alarm_however_many_there_are(kernel_only):
 
     months = np.repeat([f"{n:02d}" for n in range(60)], drift.LEAST)
     new = rng.normal(size=(len(months), 2)) + 3 * (months >= "58")[:, None]
-    lines = drift.compare_parts(features(rng.normal(size=(80, 2))), features(new), months, np.zeros(len(new)), 0)
+    lines, _ = drift.compare_parts(features(rng.normal(size=(80, 2))), features(new), months, np.zeros(len(new)), 0)
     alarms = [line.name for line in lines if line.kind == "time" and line.alarm]
     assert {"58", "59"} <= set(alarms)
     assert len(alarms) <= 3
@@ -227,6 +227,21 @@ def test_a_new_source_is_named(compared, table, tmp_path):
     assert {row["name"]: row["alarm"] for row in detail["comparisons"] if row["kind"] == "source"} == {
         "clinic (not in the reference)": True, "ward": False,
     }  # fmt: skip
+
+
+def test_what_is_too_small_to_be_compared_is_named(compared, table, new_index):
+    """Seven patients of another hospital, and nine of a third month."""
+    groups = list(dict.fromkeys(row["group"] for row in table[1]))
+    few, late = groups[:7], groups[20:29]
+    rows = [{**r, "source": "clinic" if r["group"] in few else "ward"} for r in table[1]]
+    rows = [{**r, "month": "2026-03" if r["group"] in late else r["month"]} for r in rows]
+    result = compared(new_index(rows), "--time", "month")
+    assert {"clinic (not in the reference)", "2026-03"}.isdisjoint(
+        row["name"] for row in result.about["detail"]["comparisons"]
+    )
+    said = "fewer than 20 patients, lesions or single images: clinic (not in the reference) (7), 2026-03 (9)"
+    assert any(said in note for note in result.about["notes"])
+    assert said in (result.path.parent / "report.html").read_text()
 
 
 def test_the_farthest_image_is_the_planted_one(compared, table, tmp_path):

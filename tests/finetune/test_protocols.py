@@ -111,6 +111,14 @@ def test_answers_about_two_columns_are_kept_apart(evaluate, toned, export_folder
     assert {line.split(",")[2] for line in table} == {"column", "", "tone"}
 
 
+def test_a_column_has_no_several_labels(toned, export_folder, tmp_path, capsys):
+    asked = ["--backbone", str(export_folder), "--data", str(toned.root), "--out", str(tmp_path), "--column", "tone"]
+    for verb in ("knn", "probe"):
+        assert main([verb, *asked, "--multi-label"]) == 2
+        assert "--column tone has one value per image: leave --multi-label out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_column_of_numbers_is_no_class(toned, export_folder, tmp_path, capsys):
     asked = ["knn", "--backbone", str(export_folder), "--data", str(toned.root), "--out", str(tmp_path), "--column"]
     assert main([*asked, "age"]) == 2

@@ -302,6 +302,12 @@ def test_errors_name_the_remedy(propose, index, new_index, capsys):
     propose("--count", 3, data=bare)
 
 
+def test_uncertainty_needs_two_classes_in_train_whatever_val_has(propose, new_index, capsys):
+    table = [{**r, "label": "" if r["split"] == "train" and r["label"] != "red" else r["label"]} for r in rows(9)]
+    propose("--count", 3, "--strategy", "uncertainty", data=new_index(table), code=2)
+    assert "train labels of one class to fit a probe on: start with --strategy typiclust" in _said(capsys)
+
+
 def test_uncertainty_takes_no_label_for_absent_that_a_source_cannot_name(propose, new_index, capsys):
     table = [
         {**row, "label": "" if i % 2 else row["label"], "source": "clinic" if row["label"] != "red" else "ward"}

@@ -339,6 +339,7 @@ def test_a_class_without_a_test_image_may_still_be_said(worded, new_index, descr
     result = results.read(tmp_path / "zeroshot/results.json")
     assert result.predictions()["scores"].shape[2] == 3
     assert any("no test image of red" in note for note in result.about["notes"])
+    assert not any("no training label" in note for note in result.about["notes"])
 
 
 def test_the_verb_on_a_run(worded, index, described, tmp_path):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from shards import scan
+from shards import scan, tallies
 from shards.build import build
 from shards.errors import DataError
 from shards.index import Index
@@ -64,6 +64,13 @@ def test_other_cells_are_refused_by_name(
 ) -> None:
     with pytest.raises(DataError, match=rf"a\.tar: sample 'k1': its {says}"):
         indexed(tmp_path / "set", [{"label": "x"}, row], jpeg(0))
+
+
+def test_free_columns_of_a_foreign_tar(tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    values = [1, 1.0, float("nan"), None, "", 0.5, "x", True, 0]
+    rows = [{"label": "x", "grade": value} for value in values]
+    index = indexed(tmp_path / "set", rows, jpeg(0))
+    assert tallies.columns(index)["grade"] == ["1", "1", "", "", "", "0.5", "x", "True", "0"]
 
 
 def test_tables_say_the_same(tmp_path: Path, jpeg: Callable[..., bytes], write_table: Callable[..., Path]) -> None:

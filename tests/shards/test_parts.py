@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from shards import parts, workers
 from shards.__main__ import main
-from shards.build import build, build_part, join
+from shards.build import build, build_part, gather, join
 from shards.errors import DataError
 from shards.index import Index
 from shards.options import BuildOptions
 from shards.place import partial_of
+from shards.plan import plan
+from shards.table import find_images
 
 SEVEN = BuildOptions(shard_size="7", split="60/40", workers=1)
 
@@ -29,6 +33,13 @@ def quiet(done: int, total: int) -> None:
 
 def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def age(out: Path, numbers: Sequence[int] | None = None) -> None:
+    """The shards there are (or some) were noted an hour ago."""
+    for note in sorted(partial_of(out).glob("shard-*.json")):
+        if numbers is None or int(note.stem[6:]) in numbers:
+            os.utime(note, (time.time() - 3600, time.time() - 3600))
 
 
 @pytest.fixture
@@ -105,12 +116,113 @@ def test_what_changed_in_between_is_packed_again(mixed: Path, tmp_path: Path, jp
 
 def test_parts_of_different_builds_are_not_joined(mixed: Path, tmp_path: Path) -> None:
     build_part(mixed, tmp_path / "out", None, replace(SEVEN, part=(1, 2)), quiet)
+    age(tmp_path / "out")
     build_part(mixed, tmp_path / "out", None, replace(SEVEN, part=(2, 2), quality=50), quiet)
-    with pytest.raises(DataError, match=r"shard-000001.tar is of another build than shard-000000.tar .* run part 2/2"):
+    with pytest.raises(DataError, match=r"shard-000000.tar is of another build than shard-000001.tar .* run part 1/2"):
         join(tmp_path / "out")
     with pytest.raises(DataError, match="has no parts to join"):
         join(tmp_path / "elsewhere")
     assert not partial_of(tmp_path / "elsewhere").exists()
+
+
+def test_parts_without_the_masks_of_the_others_are_not_joined(
+    photos: Path, tmp_path: Path, write_table: Callable[..., Path]
+) -> None:
+    """Both tasks of an array ran, the table gained a column of masks, and when they ran again the first one failed."""
+    out, options = tmp_path / "out", [BuildOptions(shard_size="10", part=(number, 2), workers=1) for number in (1, 2)]
+    names = sorted(path.relative_to(photos / "images").as_posix() for path in photos.glob("images/*/*.jpg"))
+    mask = tmp_path / "mask.png"
+    Image.new("L", (64, 48), 255).save(mask)
+    table = write_table(tmp_path / "t.csv", [{"path": name} for name in names])
+    for each in options:
+        build_part(photos / "images", out, table, each, quiet)
+    age(out)
+    write_table(table, [{"path": name, "mask": str(mask)} for name in names])
+    build_part(photos / "images", out, table, options[1], quiet)
+    with pytest.raises(DataError, match=r"shard-000000.tar is of another build than shard-00000\d.tar .* run part 1/2"):
+        join(out)
+    build_part(photos / "images", out, table, options[0], quiet)
+    index = join(out).index
+    assert all(index.read(i).mask for i in range(len(index)))
+
+
+@pytest.mark.parametrize("replaced", ["an image", "a mask"])
+def test_a_part_that_missed_a_change_is_not_joined(
+    photos: Path, tmp_path: Path, write_table: Callable[..., Path], replaced: str
+) -> None:
+    """A file of the first part became another of equal size, and only the second part ran after that."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(photos / "images", images)
+    names = sorted(path.relative_to(images).as_posix() for path in images.glob("*/*.jpg"))
+    for n, _ in enumerate(names):
+        Image.new("L", (64, 48), 255).save(tmp_path / f"{n}.png")
+    table = write_table(
+        tmp_path / "t.csv", [{"path": p, "mask": str(tmp_path / f"{n}.png")} for n, p in enumerate(names)]
+    )
+    options = [BuildOptions(shard_size="10", part=(number, 2), workers=1) for number in (1, 2)]
+    for each in options:
+        build_part(images, out, table, each, quiet)
+    mine = plan(gather(images, find_images(images).images, table, options[0]), options[0]).shards[0][0]
+    changed = mine.image if replaced == "an image" else mine.mask
+    assert changed is not None
+    changed.write_bytes(changed.read_bytes()[:-2] + b"\0\0")
+    os.utime(changed, (time.time() + 5, time.time() + 5))
+    age(out)
+    build_part(images, out, table, options[1], quiet)
+    with pytest.raises(DataError, match=r"shard-000000.tar may be out of date: .* shard-00000\d.tar .* Run part 1/2"):
+        join(out)
+    build_part(images, out, table, options[0], quiet)
+    join(out)
+    build(images, tmp_path / "fresh", table, replace(options[0], part=(1, 1)))
+    assert digests(out) == digests(tmp_path / "fresh")
+
+
+def test_the_part_that_is_named_may_be_the_newer_one(mixed: Path, tmp_path: Path, jpeg: Callable[..., bytes]) -> None:
+    """Clocks of file servers are no proof: who runs the part that was named gets on to the other in any case."""
+    out, options = tmp_path / "out", [replace(SEVEN, part=(number, 2)) for number in (1, 2)]
+    build_part(mixed, out, None, options[0], quiet)
+    os.utime(mixed / "01.jpg", (time.time() + 5, time.time() + 5))
+    build_part(mixed, out, None, options[1], quiet)
+    age(out, [1])
+    with pytest.raises(DataError, match="Run part 2/2 again"):
+        join(out)
+    build_part(mixed, out, None, options[1], quiet)
+    age(out, [0, 2])
+    with pytest.raises(DataError, match="Run part 1/2 again"):
+        join(out)
+    build_part(mixed, out, None, options[0], quiet)
+    assert join(out).quarantined == 1
+
+
+@pytest.mark.parametrize("again", [(1,), (2,), (2, 1)])
+def test_parts_that_run_again_are_joined_with_the_others(
+    mixed: Path, whole: dict[str, str], tmp_path: Path, again: tuple[int, ...]
+) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2, *again):
+        build_part(mixed, out, None, replace(SEVEN, drop_duplicates="exact", part=(number, 2)), quiet)
+        if number == 2:
+            (partial_of(out) / "shard-000002.json").unlink(missing_ok=True)  # it was stopped before its last shard
+    build_part(mixed, out, None, replace(SEVEN, drop_duplicates="exact", part=(1, 2)), quiet)
+    join(out)
+    assert digests(out) == whole
+
+
+def test_tasks_that_start_together_delete_the_same_shards(
+    mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    build_part(mixed, out, None, SEVEN, quiet)
+    real = Path.unlink
+
+    def late(path: Path, missing_ok: bool = False) -> None:
+        real(path, missing_ok=True)  # the other task was faster
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", late)
+    build_part(mixed, out, None, replace(SEVEN, shard_size="11"), quiet)
+    monkeypatch.undo()
+    assert len(list(partial_of(out).glob("*.tar"))) == 2
 
 
 @pytest.mark.parametrize("few", [4, 500], ids=["processes", "threads"])
