@@ -9,6 +9,7 @@ pretraining.json  .safetensors     what was read in pretraining: counts, recipe,
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -68,9 +69,11 @@ def export(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        read = checkpoint.parent.parent / "pretraining.safetensors"
-        if read.is_file():
-            shutil.copyfile(read, partial / read.name)
+        # From inside checkpoints/ a name such as step-10 has no parents to look in; a link may hide them either way.
+        for place in (Path(os.path.abspath(checkpoint)), checkpoint.resolve()):
+            if (read := place.parent.parent / "pretraining.safetensors").is_file():
+                shutil.copyfile(read, partial / read.name)
+                break
         report = _write(partial, out, backbone, state, which, stated or Stated(), onnx)
         _swap(partial, out)
     except OSError as error:

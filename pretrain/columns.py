@@ -12,6 +12,7 @@ import numpy as np
 
 from hybridssl.errors import UserError
 from hybridssl.types import Column
+from pretrain.reach import within_reach
 from pretrain.recipe import Recipe
 from shards.errors import DataError
 from shards.index import Index
@@ -38,7 +39,8 @@ def encode(wanted: Iterable[Column], meta: Mapping[str, Any], source: str) -> tu
 def _columns(index: Index, splits: tuple[str, ...], wanted: tuple[tuple[str, str], ...]) -> tuple[Column, ...]:
     if not wanted:
         return ()
-    numbers = index.select(splits)
+    # What a run learns to guess must be the same when it goes on where the cache is another.
+    numbers = within_reach(index, index.select(splits), of_the_cache=False)
     if len(numbers) > LOOKED_AT:
         numbers = numbers[np.linspace(0, len(numbers) - 1, LOOKED_AT).astype(int)]
     rows = list(_rows(index, numbers))

@@ -58,14 +58,30 @@ def collate(samples: list[tuple[Item, list[dict]]]) -> Batch:
 
 def micro_batch(recipe: Recipe, world: int) -> int:
     """Images a forward pass of one process. Raises ValueError when the batch cannot be parted evenly."""
-    micro = recipe.batch.micro or recipe.batch.size // world
-    assert micro != "auto"  # pretrain/fit.py has put a number there
-    if micro < 1 or recipe.batch.size % (micro * world):
-        raise ValueError(
-            f"batch.size={recipe.batch.size} cannot be parted into micro-batches of {micro} on {world} processes: "
-            f"make batch.size a multiple of {max(micro, 1) * world}"
-        )
-    return micro
+    size, asked, whole = recipe.batch.size, recipe.batch.micro, together(recipe)
+    assert asked != "auto"  # pretrain/fit.py has put a number there
+    micro = asked or size // world
+    if micro > 0 and size % (micro * world) == 0:
+        return micro
+    if fits := fitting(recipe, world):
+        advice = f"say batch.micro={fits}"
+    else:  # first what a run that is there can do: its batch.size stays
+        advice = f"make batch.size a multiple of {whole * world}"
+        if fewer := max((n for n in range(1, world) if size % (n * whole) == 0), default=0):
+            then = f" with batch.micro={fitting(recipe, fewer)}" if asked else ""
+            advice = f"start {fewer} process{'es' * (fewer > 1)}{then}, or {advice}"
+    passes = f"into passes of batch.micro={asked} images on" if asked else "evenly over"
+    raise ValueError(f"batch.size={size} cannot be parted {passes} {world} process{'es' * (world > 1)}: {advice}")
+
+
+def fitting(recipe: Recipe, world: int) -> int:
+    """The largest batch.micro up to the recipe's, or else the smallest, that parts its batch evenly over `world`
+    processes and leaves whole what belongs `together`; 0: none does."""
+    share, rest = divmod(recipe.batch.size, world)
+    whole, most = together(recipe), recipe.batch.micro or share
+    assert most != "auto"
+    parts = [n for n in range(whole, share + 1, whole) if share % n == 0 and not rest]
+    return max((n for n in parts if n <= most), default=min(parts, default=0))
 
 
 def together(recipe: Recipe) -> int:

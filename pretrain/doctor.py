@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridssl.errors import UserError
-from shards.address import public
+from shards.address import public, told
 from shards.errors import DataError
 
 if TYPE_CHECKING:  # help that loads torch first takes ten seconds
@@ -49,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m hybridssl doctor", description=ABOUT, epilog=EXAMPLES)
     parser.formatter_class = plain
     parser.add_argument("--data", required=True, metavar="DIR", help="a folder made by `python -m shards build`")
-    parser.add_argument("--out", metavar="FILE", help="write the recipe there, such as derm.yaml")
+    parser.add_argument("--out", metavar="FILE", help="write the recipe there, such as derm.yaml; its folder is made")
     parser.add_argument("keys", nargs="*", metavar="key=value", help="recipe keys that are decided already")
     return parser
 
@@ -62,8 +63,8 @@ def run(folder: str, keys: Sequence[str], out: str | None) -> None:
     from pretrain.measure import measure
     from pretrain.recipe import Recipe
 
-    if out and Path(out).exists():
-        raise UserError(f"{out} is there already: name another file, or delete it")
+    if out:
+        _make_room(Path(out))
     fixed = parse_overrides([*keys, f"data.train={folder}"])
     index = resolve(Recipe, [fixed]).data.open()
     proposal = look(index, fixed)
@@ -83,8 +84,23 @@ def run(folder: str, keys: Sequence[str], out: str | None) -> None:
     if out:
         Path(out).write_text(_file(proposal, fixed, out, f"{duration} ({how})"), encoding="utf-8")
         print(f"wrote {out}")
-    which = f"recipe={out}" if out else f"data.train={public(folder)}"
-    print(f"next: accelerate launch pretrain {which} out=runs/NAME")
+    # Without a file the keys are all that makes it this recipe, and not another one.
+    words = [f"recipe={out}"] if out else [f"data.train={public(folder)}", *map(told, keys)]
+    print(f"next: accelerate launch pretrain {shlex.join(words)} out=runs/NAME")
+
+
+def _make_room(path: Path) -> None:
+    """The folder for the recipe. UserError where it could not be written, or not be found again, after the work."""
+    if path.exists():
+        raise UserError(f"{path} is there already: name another file, or delete it")
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--out {path}: recipe= finds a file by its .yaml; say --out {path}.yaml")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: its folder cannot be made ({error}); name another one") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--out {path}: {path.parent.absolute()} may not be written to; name another folder")
 
 
 def look(index: Index, fixed: Mapping[str, Any]) -> Proposal:
@@ -103,7 +119,7 @@ def automatic(fixed: Mapping[str, Any]) -> dict[str, Any]:
     """`recipe=auto`: what the run folder holds if a run has begun there; else a proposal, printed by the first process.
 
     A run that goes on is not proposed anew: on another machine that would be another run. Nothing without `out`, or
-    without data for a new run: what is missing is named where the recipe is checked.
+    without data for a new run: what is missing, or no text, is named where the recipe is checked.
     """
     from hybridssl import run
     from hybridssl.recipe import resolve
@@ -111,10 +127,10 @@ def automatic(fixed: Mapping[str, Any]) -> dict[str, Any]:
     from pretrain.recipe import Recipe
 
     folder, out = given(fixed, "data.train", ""), given(fixed, "out", "")
-    if not out:
+    if not (out and isinstance(out, str)):
         return {}
     if any(Path(out).glob("checkpoints/step-*[0-9]/state.json")):
-        return run.read_state(out)["recipe"]
+        return _parted_anew(run.read_state(out)["recipe"], fixed)
     if not folder:
         return {}
     index = resolve(Recipe, [fixed]).data.open()
@@ -122,6 +138,20 @@ def automatic(fixed: Mapping[str, Any]) -> dict[str, Any]:
     if os.environ.get("RANK", "0") == "0":
         show(proposal, index)
     return proposal.tree()
+
+
+def _parted_anew(held: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe that a run holds, its micro-batch parted for as many processes as there are now: preempted on one GPU
+    it may go on on two. No larger than it was: that much is known to fit."""
+    from hybridssl.recipe import resolve
+    from pretrain.data import fitting
+    from pretrain.recipe import Recipe
+
+    recipe = resolve(Recipe, [held, fixed])
+    if not recipe.batch.micro or recipe.batch.micro == "auto":  # 0: all at once, as many as these are
+        return dict(held)
+    micro = fitting(recipe, int(os.environ.get("WORLD_SIZE", 1))) or recipe.batch.micro  # no part: the loop says why
+    return {**held, "batch": {**held["batch"], "micro": micro}}
 
 
 def show(proposal: Proposal, index: Index) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from hybridssl import dist
 from hybridssl.errors import UserError
+from pretrain.reach import within_reach
 from shards.errors import DataError
 from shards.format import decode
 from shards.index import Index
@@ -85,7 +86,7 @@ def data(index: Index, splits: Sequence[str]) -> Data:
         groups=len(np.unique(group[group != 0])),
         texts=int((index.column("txt")[chosen, 1] > 0).sum()),
         masks=int((index.column("mask")[chosen, 1] > 0).sum()),
-        **_pictures(index, spread(chosen, PICTURES)),
+        **_pictures(index, spread(within_reach(index, chosen), PICTURES)),
     )
 
 
@@ -98,7 +99,7 @@ def _several(index: Index, labelled: np.ndarray) -> float:
     if not len(labelled):
         return 0.0
     counts = []
-    for number in spread(labelled, ROWS).tolist():
+    for number in spread(within_reach(index, labelled), ROWS).tolist():
         try:
             counts.append(len(index.labels(number)))
         except DataError:  # the stream will name it

@@ -78,6 +78,7 @@ def _fits(recipe: Recipe, index: Index, device: torch.device, share: int, micro:
     finally:
         gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)  # the run tells its own peak, not that of a trial
 
 
 def try_step(recipe: Recipe, index: Index, device: torch.device, share: int, micro: int) -> None:

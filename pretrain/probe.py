@@ -9,6 +9,7 @@ from hybridssl.backbone import Backbone
 from hybridssl.errors import UserError
 from hybridssl.probe import quick_probe
 from pretrain import data
+from pretrain.reach import within_reach
 from pretrain.recipe import Recipe
 from shards.index import Index
 
@@ -49,9 +50,9 @@ class _Judged:
         self.useful = all(len(np.unique(labels[numbers])) > 1 for numbers in (self.train, self.val))
 
     def _pick(self, split: str) -> np.ndarray:
-        """At most `probe.images` labelled samples, spread evenly over the split."""
+        """At most `probe.images` labelled samples, spread evenly over the split, or what is within reach of it."""
         numbers = np.flatnonzero(self.index.column("split") == self.index.splits.index(split))  # perhaps none
-        numbers = numbers[self.index.column("label")[numbers] >= 0]
+        numbers = within_reach(self.index, numbers[self.index.column("label")[numbers] >= 0])
         step = max(1, -(-len(numbers) // self.recipe.probe.images))
         return numbers[::step]
 

@@ -99,8 +99,9 @@ def _lines(tree: Mapping[str, Any], reasons: Mapping[str, str], path: str = "") 
         key = f"{path}{name}"
         if key in reasons:
             yield from (f"{indent}# {line}" for line in _wrapped(reasons[key], 112 - len(indent)))
-        # A mapping that is itself a value (arguments of a backbone) stays on its line.
-        if isinstance(value, dict) and key not in reasons and not key.endswith(".args"):
+        # A mapping that is itself a value (arguments of a backbone) stays on its line. So does an empty one: a name
+        # with nothing below it is null, which would remove the part.
+        if isinstance(value, dict) and value and key not in reasons and not key.endswith(".args"):
             yield f"{indent}{name}:"
             yield from _lines(value, reasons, f"{key}.")
         else:

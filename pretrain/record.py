@@ -68,11 +68,15 @@ class Record:
         self.lines = self.metrics.cut(step) if self.main else []
         self.seconds = max((line.get("seconds", 0.0) for line in self.lines), default=0.0)
         self.alarmed: set[str] = set()
+        fresh = step == begun
+        if recipe.profile and fresh and recipe.steps - step < NEEDED:  # in all processes, before anything is written
+            left = f"{recipe.steps - step} are left of this run"
+            raise UserError(f"profile=true needs {NEEDED} steps, and {left}: raise steps=, or leave profile out")
         labels = learner.each().get("labels")  # all processes hold a part of its prototypes where they are sharded
         prototypes = None if labels is None else sharding.whole(labels.get_parameter("weight").detach())
         if self.main:
             self.refusals.cut(step)
-            self._begin(prototypes, fresh=step == begun)
+            self._begin(prototypes, fresh)
         if recipe.log.trackers:
             accelerator.init_trackers(recipe.name, config=_flat(to_dict(recipe)))
         self.console = Terminal(stderr=True)
@@ -109,8 +113,9 @@ class Record:
     def _profiler(self, steps: int) -> Profiler | None:
         if not (self.recipe.profile and self.main):
             return None
-        if steps < NEEDED:
-            raise UserError(f"profile=true needs {NEEDED} steps, and {steps} are left of this run: raise steps=")
+        if steps < NEEDED:  # of a run that goes on: the same command must serve until its end
+            self.say(f"profile=true: a trace takes {NEEDED} steps, and {steps} are left of this run: none is written")
+            return None
         return Profiler(self.out / "profile")
 
     def _begin(self, prototypes: Tensor | None, fresh: bool) -> None:

@@ -20,13 +20,20 @@ from hybridssl import dist, precision, run, sharding
 from hybridssl.errors import UserError
 from hybridssl.student import Student
 from pretrain.recipe import Recipe, changes
+from shards.address import public
 from shards.index import Index
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
-    """The state to resume from, or None for a new run. Raises UserError when `out` holds something else."""
+    """The state to resume from, or None for a new run. Raises UserError when `out` holds something else, and where a
+    key of the recipe would do nothing."""
+    if recipe.probe.keep and not recipe.probe.every:
+        raise UserError(
+            f"probe.keep={public(recipe.probe.keep)} would never be judged, for probe.every=0 says no probe: give "
+            "probe.every, such as probe.every=1000, or leave probe.keep out"
+        )
     if not run.checkpoints(out):
         return None
     if recipe.resume == "never":

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from finetune.backbones import load
 from hybridssl.errors import UserError
-from hybridssl.run import load_backbone
+from hybridssl.run import latest, load_backbone
 from hybridssl.views import normalise
 
 
@@ -131,6 +131,25 @@ def test_pretraining_digests_come_along(run_folder, export_folder, tmp_path):
     (folder / "pretraining.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match=r"pretraining\.safetensors cannot be read"):
         load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("cwd", "name"),
+    [
+        ("", "checkpoints/{}"),
+        ("checkpoints", "{}"),
+        ("checkpoints/{}", "."),
+        ("..", "a/checkpoints/{}"),
+        ("..", "link"),
+    ],
+)
+def test_pretraining_digests_are_found_wherever_the_command_is_given(run_folder, tmp_path, monkeypatch, cwd, name):
+    folder = shutil.copytree(run_folder, tmp_path / "a")
+    save_file({"digest": np.array([5, -3, 5])}, folder / "pretraining.safetensors")
+    step = latest(folder).name
+    (tmp_path / "link").symlink_to(f"a/checkpoints/{step}")
+    monkeypatch.chdir(folder / cwd.format(step))
+    assert load(name.format(step)).digests.tolist() == [-3, 5]
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,18 @@ def test_one_checkpoint_can_be_named(tmp_path):
     assert export(tmp_path / "run/checkpoints/step-5", tmp_path / "b").step == 5
     with pytest.raises(UserError, match="run folder"):
         export(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize("cwd", [".", "run", "run/checkpoints", "run/checkpoints/step-7", "linked", "elsewhere"])
+def test_what_was_read_comes_along_wherever_the_command_is_given(tiny, tmp_path, monkeypatch, cwd):
+    """Without it evaluation could not refuse a test image that was trained on."""
+    save_file({"digest": torch.tensor([3, -9])}, tiny / "pretraining.safetensors")
+    (tmp_path / "linked").symlink_to("run/checkpoints")
+    if cwd == "elsewhere":  # the checkpoints lie on another disk
+        (tiny / "checkpoints").rename(tmp_path / "elsewhere")
+        (tiny / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "step-7").symlink_to("run/checkpoints/step-7")
+    named = {"run": "checkpoints/step-7", "run/checkpoints/step-7": ".", "elsewhere": "../run"}.get(cwd, "step-7")
+    monkeypatch.chdir(tmp_path / cwd)
+    export(named, tmp_path / "out")
+    assert load_file(tmp_path / "out/pretraining.safetensors")["digest"].tolist() == [3, -9]

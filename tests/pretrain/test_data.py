@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -47,6 +48,43 @@ def test_two_processes_part_each_batch_between_them(tiny: list[str]) -> None:
 
 def test_a_start_position_goes_on_where_the_other_stopped(tiny: list[str]) -> None:
     assert all(same(a, b) for a, b in zip(batches(tiny, 6)[4:], batches(tiny, 2, start=32), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "world", "advice"),
+    [
+        (256, 64, 8, "batch.micro=64 images on 8 processes: say batch.micro=32"),  # derm-b on eight GPUs
+        (64, 64, 2, "say batch.micro=32"),
+        (64, 48, 1, "on 1 process: say batch.micro=32"),
+        (64, 3, 1, "say batch.micro=16"),  # no pass parts a group of spread
+        (64, -1, 1, "say batch.micro=16"),
+        (64, 64, 3, "start 2 processes with batch.micro=32, or make batch.size a multiple of 48"),
+        (64, 0, 3, "evenly over 3 processes: start 2 processes, or make batch.size a multiple of 48"),
+        (
+            48,
+            16,
+            2,
+            "start 1 process with batch.micro=16, or make batch.size a multiple of 32",
+        ),  # 24 each would part a group
+        (2, 0, 3, "start 1 process, or make batch.size a multiple of 6"),
+        (40, 3, 1, "on 1 process: make batch.size a multiple of 16"),
+    ],
+)
+def test_a_batch_that_cannot_be_parted_gets_advice_that_works(
+    tiny: list[str], size: int, micro: int, world: int, advice: str
+) -> None:
+    def parted(*asked: str, world: int = world) -> int:
+        return data.micro_batch(load([*tiny, "out=x", "objectives.spread.group=16", *asked]), world)
+
+    with pytest.raises(ValueError, match=f"batch.size={size} cannot be parted .*{advice}$"):
+        parted(f"batch.size={size}", f"batch.micro={micro}")
+    if found := re.search(r"say batch\.micro=(\d+)", advice):
+        assert parted(f"batch.size={size}", found[0].removeprefix("say ")) == int(found[1])
+    if found := re.search(r"start (\d+)", advice):
+        then = re.search(r"batch\.micro=\d+(?=, or)", advice)
+        assert parted(f"batch.size={size}", then[0] if then else "batch.micro=0", world=int(found[1]))
+    if found := re.search(r"multiple of (\d+)", advice):
+        assert parted(f"batch.size={found[1]}", "batch.micro=0")
 
 
 def test_crops_differ_between_epochs_and_seeds(tiny: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import pytest
 from hybridssl.__main__ import main as hybridssl
 from hybridssl.recipe import read_yaml, to_dict
 from pretrain import command, doctor, fingerprint
+from pretrain.data import micro_batch
 from pretrain.fingerprint import Machine
 from pretrain.loop import main
+from pretrain.start import check
 from shards.build import BuildOptions, build
 from shards.index import Index
 from tests.pretrain.conftest import lines
@@ -138,6 +141,25 @@ def test_auto_trains_and_goes_on_with_what_it_holds(
     assert "optim.lr" in capsys.readouterr().err
 
 
+def test_a_run_begun_on_one_gpu_goes_on_on_several(
+    index: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command_line = [f"data.train={index}", f"out={tmp_path / 'run'}", *SHORT, "batch.size=32"]
+    assert main(command_line) == 0
+    held = read_yaml(tmp_path / "run" / "recipe.yaml")
+    assert held["batch"] == {"size": 32, "micro": 32}
+    for world, micro in ((1, 32), (2, 16)):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        found = command.load(command_line)
+        assert to_dict(found) == held | {"batch": {"size": 32, "micro": micro}}
+        assert micro_batch(found, world) == micro
+        assert check(found, tmp_path / "run", found.data.open())  # the same run
+    assert command.load([*command_line, "batch.micro=8"]).batch.micro == 8  # as the user says
+    monkeypatch.setenv("WORLD_SIZE", "4")  # which would part the groups of 16 that spread compares
+    with pytest.raises(ValueError, match=r"start 2 processes with batch\.micro=16"):
+        micro_batch(command.load(command_line), 4)
+
+
 def test_a_second_process_says_nothing(index: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [f"data.train={index}", f"out={tmp_path / 'run'}", *SHORT]
     first = command.load(arguments)
@@ -161,6 +183,38 @@ def test_doctor_prints_and_writes_a_recipe_that_runs(index: Path, tmp_path: Path
     assert replace(found, name="auto") == command.load([f"data.train={index}", "out=x", *SHORT])
     assert hybridssl(["doctor", "--data", str(index), "--out", str(file)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_doctor_shows_the_command_for_what_it_showed(index: Path, capsys) -> None:
+    keys = [*SHORT, "optim.lr=0.005", "backbone.args={depth: 2}"]
+    assert hybridssl(["doctor", "--data", str(index), *keys]) == 0
+    shown = capsys.readouterr().out
+    (line,) = (line for line in shown.splitlines() if line.startswith("next: accelerate launch pretrain "))
+    words = shlex.split(line)[4:]
+    assert words == [f"data.train={index}", *keys, "out=runs/NAME"]
+    assert command.load(words).optim.lr == 0.005
+
+
+def test_a_file_that_could_not_be_written_or_found_is_refused_before_the_work(
+    index: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "new" / "deep" / "derm.yaml"
+    assert hybridssl(["doctor", "--data", str(index), "--out", str(file), *SHORT]) == 0
+    assert command.load([f"recipe={file}", "out=x"]).name == "derm"
+    capsys.readouterr()
+    monkeypatch.setattr(fingerprint, "data", lambda *args: pytest.fail("looked"))
+    cases = {
+        "derm": "say --out derm.yaml",
+        "derm.json": "say --out derm.json.yaml",
+        str(file): "is there already",
+        str(file / "derm.yaml"): "its folder cannot be made",
+    }
+    for out, words in cases.items():
+        assert hybridssl(["doctor", "--data", str(index), "--out", out]) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr(doctor.os, "access", lambda path, how: False)  # root may write everywhere
+    assert hybridssl(["doctor", "--data", str(index), "--out", str(tmp_path / "derm.yaml")]) == 2
+    assert "may not be written to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["batch.micro=auto", "batch.micro=0", "batch.size=40"])
@@ -219,7 +273,11 @@ def test_bad_input_is_one_message_with_a_remedy(index: Path, tmp_path: Path, cap
         assert message.startswith("error: ")
         for word in words:
             assert word in message
-    for arguments, word in ((["out=x"], "data.train"), ([f"data.train={index}"], "out=")):
+    for arguments, word in (
+        (["out=x"], "data.train"),
+        ([f"data.train={index}"], "out="),
+        ([f"data.train={index}", "out=2024"], "out must be text, not 2024"),
+    ):
         assert main(arguments) == 2
         assert word in capsys.readouterr().err
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from typing import Any, cast
+
 import pytest
 import torch
 from hypothesis import given
@@ -86,13 +89,58 @@ def test_a_trial_talks_to_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dist.world_size() == 3
 
 
+class Memory:
+    """torch.cuda, as far as a trial asks it: `held` bytes, and the peak of them since it was last reset."""
+
+    OutOfMemoryError = torch.cuda.OutOfMemoryError
+
+    def __init__(self, free: int, held: int = 7) -> None:
+        self.free, self.held, self.peak = free, held, held
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return self.free, self.free
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return self.held
+
+    def max_memory_allocated(self, device: torch.device) -> int:
+        return self.peak
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.peak = self.held
+
+    def empty_cache(self) -> None:
+        pass
+
+    def step(self, *arguments: Any) -> None:
+        """A trial of one byte an image of the micro-batch, the last argument."""
+        self.peak = max(self.peak, self.held + arguments[-1])
+        if arguments[-1] > 2 * self.free:
+            raise self.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize(("micro", "fits"), [(64, True), (99, False), (300, False)])
+def test_the_peak_of_a_trial_is_not_told_as_that_of_the_run(
+    micro: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory(free=100)
+    monkeypatch.setattr(fit.torch, "cuda", memory)
+    monkeypatch.setattr(fit, "try_step", memory.step)
+    assert fit._fits(cast(Any, None), cast(Any, None), CPU, micro, micro) is fits
+    assert memory.peak == memory.held
+
+
 @pytest.mark.gpu
 def test_less_memory_chooses_a_smaller_micro_batch(tiny, tmp_path) -> None:
     recipe, index = recipe_of([*tiny, f"out={tmp_path}", "batch.micro=auto", "batch.size=256", "views.global_size=224"])
     device = torch.device("cuda")
     whole = fit.with_micro_batch(recipe, index, device, 1).batch.micro
     assert whole == 256
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated()  # no trial is told as the run's peak
+    fit.try_step(recipe, index, device, 256, 256)
     room = torch.cuda.max_memory_allocated() * 3 // 4  # of what that took, on however large a device
+    gc.collect()
+    torch.cuda.empty_cache()
     ballast = torch.empty(torch.cuda.mem_get_info()[0] - room, dtype=torch.uint8, device=device)
     less = fit.with_micro_batch(recipe, index, device, 1).batch.micro
     del ballast

@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Data, Machine, dict[str, Any]]] = {
             "objectives.dino.prototypes": 512,
             "objectives.labels.kind": "one_of",
             "objectives.labels.head_first": 0.75,
+            "objectives.labels.unfreeze_at": 0.75,
             "objectives.labels.adjust": True,
             "optim.lr": 3e-3,
             "data.workers": 1,
@@ -226,6 +227,14 @@ def test_late_labels_follow_what_is_fixed_of_them(fixed: dict, expected: dict) -
     assert {key: getattr(labels, key) for key in expected} == expected
 
 
+@pytest.mark.parametrize("start", [0.004, 0.7, 0.97, 0.999])
+@pytest.mark.parametrize("init", ["random", "text"])
+def test_late_labels_may_begin_at_words(start: float, init: str) -> None:
+    data, fixed = Data(7_037, short_side=150, per_class=CLASSES), {"objectives": {"labels": {"start": start}}}
+    plan = propose(data, TWO_CORES, fixed).tree()
+    assert resolve(Recipe, [plan, {"objectives": {"labels": {"init": init}}}]).objectives["labels"].start == start
+
+
 @pytest.mark.parametrize(
     ("fixed", "expected"),
     [
@@ -272,3 +281,12 @@ def test_the_file_says_the_same_and_why(tmp_path) -> None:
                 words = "".join(plan.yaml().replace("#", "").split())
                 assert "".join(choice.reason.split()) in words
     assert "shrinkage: 0.3" in plan.yaml()
+
+
+def test_a_part_with_its_defaults_is_in_the_file(tmp_path) -> None:
+    """`anchor:` with nothing below it would be null: no anchor."""
+    fixed = {"objectives": {"anchor": {}, "ibot": None}, "text": {}}
+    plan = propose(Data(1_000), H100, fixed)
+    (tmp_path / "a.yaml").write_text(plan.yaml())
+    assert "  anchor: {}\n" in plan.yaml()
+    assert resolve(Recipe, [read_yaml(tmp_path / "a.yaml")]) == resolve(Recipe, [plan.tree()])

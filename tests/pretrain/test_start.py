@@ -66,3 +66,11 @@ def test_a_longer_run_takes_no_turn_twice(tiny: list[str], tmp_path: Path, capsy
 def test_which_turns_count(key: str, step: int, taken: str) -> None:
     recipe = load([*TINY, "data.train=d", "out=o", "steps=200", key])
     assert list(taken_again(recipe, step, 100)) == ([taken] if taken else [])
+
+
+def test_a_set_that_no_probe_would_judge_is_refused(tiny: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    assert main([*tiny, "probe.every=0", "probe.keep=s3://somebody:secret@nowhere/set", f"out={out}"]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("probe.keep=s3://nowhere/set", "probe.every=0", "leave probe.keep out"))
+    assert not out.exists()
