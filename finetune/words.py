@@ -150,7 +150,7 @@ def _open(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Tensor, Tensor,
 
 def _start(folder: Path, trained: Sequence[str]) -> Tensor:
     """Where the text put the prototypes of the training classes, unit rows [K, D]: the run keeps it."""
-    path = run.latest(folder).parent.parent / "prototypes.safetensors"
+    path = run.latest(folder).absolute().parent.parent / "prototypes.safetensors"
     try:
         with safe_open(path, "pt") as file:
             start = F.normalize(file.get_tensor("initial").float(), dim=1)

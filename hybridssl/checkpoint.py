@@ -53,14 +53,15 @@ class Writer:
     One checkpoint at a time: `save` waits for the one before.
     """
 
-    def __init__(self, run: Path, keep: Keep) -> None:
+    def __init__(self, run: Path, keep: Keep, step: int = 0) -> None:
+        """step: of the checkpoint that the run goes on from; what lies beyond it was damaged."""
         self.run, self.keep = run, keep
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         self._job: tuple[RunState, dict[str, Tensor], dict[str, Tensor], bool] | None = None  # what is not written yet
         for left in (run / "checkpoints").glob("*.partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
-        _prune(run / "checkpoints", keep)
+        _prune(run / "checkpoints", keep, step)
 
     def save(
         self,
@@ -152,7 +153,7 @@ def _write(
     if best:
         write_text(folder / "best", final.name)
     sync(folder)
-    _prune(folder, keep)
+    _prune(folder, keep, state.step)
     return final
 
 
@@ -160,8 +161,10 @@ def _partial(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step}.partial"
 
 
-def _prune(folder: Path, keep: Keep) -> None:
+def _prune(folder: Path, keep: Keep, step: int) -> None:
+    """What lies beyond `step` is not whole, or the run would be there: it is written anew, and counts as none until."""
     best = (folder / "best").read_text(encoding="utf-8") if (folder / "best").is_file() else ""
-    for old in sorted(folder.glob("step-*[0-9]"), key=step_of)[: -max(keep.last, 1)]:
+    there = [one for one in folder.glob("step-*[0-9]") if step_of(one) <= step]
+    for old in sorted(there, key=step_of)[: -max(keep.last, 1)]:
         if old.name != best and not (keep.every and step_of(old) % keep.every == 0):
             shutil.rmtree(old)

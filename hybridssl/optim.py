@@ -44,13 +44,9 @@ def build(backbone: nn.Module, heads: nn.Module, options: OptimOptions) -> torch
     """
     model: nn.Module = backbone.model  # type: ignore[assignment]
     chosen: dict[nn.Parameter, tuple[float, bool]] = {}
-    # timm names tokens and position embeddings itself; the patch embedding learns at a rate of its own here.
-    patch = {id(p) for p in getattr(model, "patch_embed", nn.Identity()).parameters()}
-    tokens = {id(p) for n, p in model.named_parameters() if n in ("cls_token", "reg_token", "pos_embed")}
-    for group in param_groups_layer_decay(model, weight_decay=1.0, layer_decay=options.layer_decay):
-        for p in group["params"]:
-            slower = options.patch_embed_lr if id(p) in patch else 1.0
-            chosen[p] = (group["lr_scale"] * slower, group["weight_decay"] > 0 and id(p) not in tokens)
+    patch = {id(p) for p in getattr(model, "patch_embed", nn.Identity()).parameters()}  # learns at a rate of its own
+    for p, scale, decays in _layers(model, options.layer_decay):
+        chosen[p] = (scale * options.patch_embed_lr if id(p) in patch else scale, decays)
     if backbone.mask_token is not None:
         chosen[backbone.mask_token] = (1.0, False)  # type: ignore[index]
     for part in heads.modules():
@@ -63,6 +59,23 @@ def build(backbone: nn.Module, heads: nn.Module, options: OptimOptions) -> torch
         alike.setdefault(treatment, []).append(p)
     groups = [{"params": ps, "scale": scale, "decays": decays} for (scale, decays), ps in alike.items()]
     return torch.optim.AdamW(groups, lr=0.0, betas=options.betas, weight_decay=0.0, fused=True)
+
+
+def _layers(model: nn.Module, layer_decay: float) -> list[tuple[nn.Parameter, float, bool]]:
+    """What moves of a network of timm: parameter, factor of the learning rate (1: the last layer), takes weight decay.
+
+    timm knows the layers, but takes learnt rotary positions, which belong to the first, for one behind the last.
+    """
+    free = {"cls_token", "reg_token", "pos_embed", *getattr(model, "no_weight_decay", set)()}  # type: ignore[operator]
+    groups = param_groups_layer_decay(model, 1.0, no_weight_decay_list=free, layer_decay=layer_decay)
+    rotary = {id(p) for name, p in model.named_parameters() if name.startswith("rope.")}
+    others = [group["lr_scale"] for group in groups if not rotary.issuperset(map(id, group["params"]))]
+    first, last = (min(others), max(others)) if rotary else (1.0, 1.0)
+    return [
+        (p, (first if id(p) in rotary else group["lr_scale"]) / last, group["weight_decay"] > 0)
+        for group in groups
+        for p in group["params"]
+    ]
 
 
 def set_hyperparameters(

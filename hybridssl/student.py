@@ -66,6 +66,10 @@ class Student(nn.Module):
         """The objectives that take part at this point of the run."""
         return {name: objective for name, objective in self.each().items() if objective.started(progress)}
 
+    def reaching(self, progress: float) -> list[Objective]:
+        """Those of them whose losses move the backbone."""
+        return [objective for objective in self.started(progress).values() if objective.reaches(progress)]
+
     def waiting(self, progress: float) -> list[nn.Parameter]:
         """What no loss reaches until its objective has started: heads, and the mask token where nothing hides yet."""
         started = self.started(progress)

@@ -7,7 +7,7 @@ What both have goes on as it was, moments and place in the data too; what only t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from hybridssl import optim, run
 from hybridssl.errors import UserError
-from hybridssl.objectives import ObjectiveOptions
 from hybridssl.recipe import differences, to_dict
+from hybridssl.schedule import first_step
 from hybridssl.student import Student
 from pretrain.recipe import Recipe
 from shards.index import Index
 
 DIGESTS = "pretraining.safetensors"
+MEANING = ("init", "kind", "head", "ontology", "columns")  # options by which tensors of like shapes differ
 
 
 @dataclass(frozen=True)
@@ -52,20 +53,22 @@ class Branch:
 def take(recipe: Recipe, index: Index, learner: Student, teacher: Student) -> Branch:
     """Load the weights of `recipe.branch` (a run folder or one of its checkpoints) into both, on the CPU and whole.
 
-    An objective goes on if it has the tensors that it had there, by name, shape and meaning; else it begins anew.
+    An objective goes on if it has the tensors that it had there, by name, shape and meaning; else it begins anew. So
+    does one that had yet to start there, and should have started here.
     Raises UserError when there is no such checkpoint, or its backbone, batch size or length is another.
     """
     folder = run.latest(recipe.branch)
     state, tensors = run.read_state(folder), run.read_tensors(folder)
     _check(recipe, folder, state)
-    kept, begun, options = ["backbone."], [], state["recipe"].get("objectives", {})
+    kept, begun, there = ["backbone."], [], state["recipe"]
     classes = state["data"].get("classes") == list(index.classes)
     for name, objective in learner.each().items():
         same = all(
             _shapes(own.state_dict()) == _shapes(_below(tensors, f"{who}.objectives.{name}."))
             for who, own in (("student", objective), ("teacher", teacher.each()[name]))
         )
-        same &= _means_the_same(recipe.objectives[name], options.get(name, {})) and (classes or not objective.per_class)
+        same &= _means_the_same(name, recipe, there) and (classes or not objective.per_class)
+        same &= not _overdue(name, recipe, there, state["step"])
         kept += [f"objectives.{name}."] if same else []
         begun += [] if same else [name]
     for who, model in (("student", learner), ("teacher", teacher)):
@@ -81,11 +84,23 @@ def take(recipe: Recipe, index: Index, learner: Student, teacher: Student) -> Br
     return Branch(folder, state["step"], position, tuple(kept), tuple(begun), before)
 
 
-def _means_the_same(now: ObjectiveOptions, there: Mapping[str, Any]) -> bool:
+def _means_the_same(name: str, recipe: Recipe, there: Mapping[str, Any]) -> bool:
     """Whether tensors of like shapes stand for the same thing: a head that began at random is none that is to begin at
-    words, and that of one column none of another."""
-    keys = [key for key in ("init", "kind", "head", "ontology", "columns") if hasattr(now, key) and key in there]
-    return all(there[key] == getattr(now, key) for key in keys)
+    words, that of one column none of another, and what has learnt from one text encoder knows nothing of the next."""
+    now, tower = recipe.objectives[name], hasattr(recipe.objectives[name], "tower")
+    text = _alike(recipe.text, there.get("text", {}), ("encoder", "pooling")) if tower else True
+    return text and _alike(now, there.get("objectives", {}).get(name, {}), MEANING)
+
+
+def _alike(now: object, there: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    return all(there[key] == getattr(now, key) for key in keys if hasattr(now, key) and key in there)
+
+
+def _overdue(name: str, recipe: Recipe, there: Mapping[str, Any], step: int) -> bool:
+    """Whether it would have started before `step` here, and had not there: it has learnt nothing yet, and of what it
+    looks back at (the teacher of its first step) it holds what the backbone began with."""
+    before = there.get("objectives", {}).get(name, {}).get("start", 0.0)
+    return first_step(recipe.objectives[name].start, recipe.steps) < step <= first_step(before, there["steps"])
 
 
 def lineage(state: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -64,8 +64,9 @@ class Guard:
     def judge(self, step: int, loss: Tensor, norm: Tensor, moving: int, keys: Sequence[str]) -> Tensor:
         """float scalar on the device, the same in every process: above 0 where step `step` must not be taken.
 
-        loss: what was trained on, of this process; norm: of the gradient, before clipping, of all of them; moving: how
-        many parameters move. When that changes (a backbone that rested, a head set free), old norms say nothing.
+        loss: what was trained on, of this process; norm: of the gradient, before clipping, of all of them; moving: a
+        number for what moves, and what moves it. When it changes (a backbone that rested, a head set free, a loss that
+        has come to it), old norms say nothing.
         """
         if moving != self.moving:
             self.norms.fill_(math.nan)
@@ -73,7 +74,8 @@ class Guard:
         level, bound = norm.detach().float().log(), self._bound()
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach())) | (level > bound)
         refused = dist.all_reduce_max(bad.float())
-        self.norms[self.at % WINDOW] = torch.where(refused > 0, torch.nan, level)
+        # A norm of zero (nothing moves, no image has a label) is nothing to compare with.
+        self.norms[self.at % WINDOW] = torch.where((refused > 0) | level.isinf(), torch.nan, level)
         self.at += 1
         self.row = torch.where(refused > 0, self.row + 1, 0.0)
         self.steps.append((step, list(keys)))

@@ -32,13 +32,15 @@ class Keeper:
         accelerator: Accelerator,
         index: Index,
         samples: int,
+        step: int,
         before: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """samples: how many the run reads an epoch; before: the runs that it is a branch of (branch.py)."""
+        """samples: how many the run reads an epoch; step: at which it goes on; before: the runs that it is a branch of
+        (branch.py)."""
         self.recipe, self.accelerator, self.index, self.samples = recipe, accelerator, index, samples
         self.before = list(before)
         keep = Keep(recipe.save.keep, recipe.save.keep_every)
-        self.writer = Writer(Path(recipe.out), keep) if accelerator.is_main_process else None
+        self.writer = Writer(Path(recipe.out), keep, step) if accelerator.is_main_process else None
 
     def __enter__(self) -> Keeper:
         return self

@@ -93,7 +93,7 @@ def train(recipe: Recipe) -> int:
     log = record.Record(recipe, accelerator, out, index, step, learner, before[-1]["step"] if before else 0)
     if begun:
         log.say(str(begun))
-    keeper = Keeper(recipe, accelerator, index, len(log.selected), before)
+    keeper = Keeper(recipe, accelerator, index, len(log.selected), step, before)
     best = Best(recipe.probe.early_stop, dist.of_first(lambda: log.lines), since=max(log.turns))
     stop, watchdog = Stop(), Watchdog(60 * recipe.timeout, rank, stream.whereabouts)
     if best.enough:  # it had ended early, and was started again
@@ -130,12 +130,13 @@ def train(recipe: Recipe) -> int:
             loss = weighted(losses, recipe, progress)
 
             still = resting(learner, recipe, progress)
+            moving = len(learner.reaching(progress)) - len(still)  # neither goes back, so no two changes cancel out
             for parameter in still:
                 parameter.grad = None
             norm = clip(accelerator, model, recipe.optim.clip)
             # A bad step is refused on the device, where the fused AdamW reads it: asked by the host, each step would
             # wait for its end. Nothing of it stays: no weight, no average, no buffer.
-            refused = guard.judge(step + 1, loss, norm, len(still), [key for batch in batches for key in batch.keys])
+            refused = guard.judge(step + 1, loss, norm, moving, [key for batch in batches for key in batch.keys])
             optimizer.found_inf = refused  # type: ignore[attr-defined]
             optimizer.step()
             student.update_teacher(teacher, learner, schedule["momentum"], refused)
@@ -151,6 +152,7 @@ def train(recipe: Recipe) -> int:
                 log.skipped_steps(guard.read())
             if guard.lost:
                 step = go_back(out, guard, keeper, log, learner, teacher, optimizer, schedule["lr"])
+                best = Best(recipe.probe.early_stop, dist.of_first(lambda: log.lines), since=max(log.turns))
                 stream.begin(position)  # other images than those that led here
                 continue
             better = False
@@ -196,7 +198,7 @@ def clip(accelerator: Accelerator, model: torch.nn.Module, largest: float) -> Te
     """The norm of the gradient over all parameters, as it was before it is cut to `largest` (0: it is not cut)."""
     norm = accelerator.clip_grad_norm_(model.parameters(), largest or math.inf)
     assert norm is not None  # only DeepSpeed clips by itself and tells no norm
-    return sharding.whole(norm)
+    return sharding.whole(norm).to(accelerator.device)  # torch makes that of no gradient at all on the CPU
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -221,9 +223,9 @@ def weighted(losses: Mapping[str, Tensor], recipe: Recipe, progress: float) -> T
 
 def resting(learner: Student, recipe: Recipe, progress: float) -> list[torch.nn.Parameter]:
     """Parameters that do not move yet: last layers, text prototypes, what waits for its objective to start, and the
-    backbone while heads warm up."""
+    backbone while heads warm up, all of them or those of the only objectives that there are."""
     started = learner.started(progress).values()
     frozen = [*learner.waiting(progress), *(p for objective in started for p in objective.frozen(progress))]
-    if progress < recipe.optim.heads_first:
+    if progress < recipe.optim.heads_first or not learner.reaching(progress):
         frozen += learner.backbone.parameters()
     return frozen

@@ -112,7 +112,8 @@ def _labels(plan: Proposal, draft: Draft, data: Data) -> None:
     start = rules.label_start(data.labelled, data.images, draft.continuing)
     if start := drafts.given(plan.fixed, "objectives.labels.start", start):
         reason += f"join after {start:.0%} of the run, as they come: few are soon learnt by heart"
-        late = {"start": start, "head_first": round(min(start + 0.05, 1.0), 2), "adjust": kind == "one_of"}
+        alone = round(min(start + 0.05, 1.0), 2)  # words, where prototypes begin at some, rest as long as the backbone
+        late = {"start": start, "head_first": alone, "unfreeze_at": alone, "adjust": kind == "one_of"}
         keys |= {"stream.labelled_fraction": 0.0, **{f"objectives.labels.{key}": value for key, value in late.items()}}
     else:
         share = rules.labelled_fraction(data.labelled, data.images)

@@ -14,6 +14,7 @@ from hybridssl.page import GREY, Markup, Page, inline
 from hybridssl.pictures import cls_attention, enlarge, glow, jpeg, patch_colours, rgb
 from pretrain import pictures
 from pretrain.pictures import Gallery, Lens
+from pretrain.reach import within_reach
 from shards.errors import DataError
 from shards.index import Index
 
@@ -35,15 +36,15 @@ def samples(page: Page, lens: Lens, fresh: Lens, index: Index, splits: Sequence[
 
 
 def _select(index: Index, splits: Sequence[str]) -> tuple[np.ndarray, str]:
-    """Held-out samples if there are enough, else the ones that the run was trained on, else any."""
+    """Held-out samples within reach if there are enough, else the ones that the run was trained on, else any."""
     for choice, words in ((["val"], "the val split"), (list(splits), "the training split")):
         try:
-            selected = index.select(choice)
+            selected = within_reach(index, index.select(choice))
         except DataError:
             continue
         if len(selected) >= 40:
             return selected, words
-    return index.select(None), "all splits"
+    return within_reach(index, index.select(None)), "all splits"
 
 
 def _affordable(lens: Lens, most: int = 1000) -> int:

@@ -53,20 +53,25 @@ def check(recipe: Recipe, out: Path, index: Index) -> dict[str, Any] | None:
             f"steps={recipe.steps} would put {out} back to {state['step'] / recipe.steps:.0%} of its length, before "
             f"turns that it has taken: {', '.join(again)}. What learns would rest, and crops shrink, once more. Branch "
             f"off instead, with the turns where they were: out=... branch={out} steps={recipe.steps} "
-            + " ".join(f"{key}={share * state['recipe']['steps'] / recipe.steps:.4g}" for key, share in again.items())
+            + " ".join(f"{key}={share:.4g}" for key, share in again.items())
         )
     return state
 
 
 def taken_again(recipe: Recipe, step: int, steps: int) -> dict[str, float]:
-    """Keys, with their shares of the run, of what a run of `steps` has begun or ended by `step`, and one of
-    `recipe.steps` has not."""
-    turns = {"optim.heads_first": recipe.optim.heads_first, "views.curriculum": recipe.views.curriculum}
+    """Keys of what a run of `steps` has begun or ended by `step`, and one of `recipe.steps` has not; with the shares of
+    the longer run that leave them where they were."""
+    turns = {"optim.heads_first": (0.0, recipe.optim.heads_first), "views.curriculum": (0.0, recipe.views.curriculum)}
     for name, options in recipe.objectives.items():
         words = getattr(options, "init", "") == "text"
         for key in ("start", "head_first", "freeze_last", *(["unfreeze_at"] if words else [])):
-            turns[f"objectives.{name}.{key}"] = getattr(options, key, 0.0)
-    return {key: share for key, share in turns.items() if step / recipe.steps < share <= step / steps and share < 1}
+            since = options.start if key == "freeze_last" else 0.0  # which it counts from
+            turns[f"objectives.{name}.{key}"] = since, getattr(options, key, 0.0)
+    return {
+        key: share * steps / recipe.steps
+        for key, (since, share) in turns.items()
+        if step / recipe.steps < since + share <= step / steps and share and share < 1
+    }
 
 
 def with_precision(recipe: Recipe, state: Mapping[str, Any] | None) -> Recipe:

@@ -38,7 +38,7 @@ class Watchdog:
         """Still alive, and now at `what`."""
         self._last, self._what = time.monotonic(), what
         # Where Python never gets a turn: a little later than `_watch`, which has more to say.
-        faulthandler.dump_traceback_later(self.timeout + max(1.0, 0.1 * self.timeout), exit=True, file=2)
+        faulthandler.dump_traceback_later(self.timeout + max(10.0, 0.1 * self.timeout), exit=True, file=2)
 
     def _watch(self) -> None:
         while not self._over.wait(min(1.0, self.timeout / 4)):

@@ -29,6 +29,11 @@ class ObjectiveOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.start < 1:
             raise ValueError(f"start={self.start} must be a share of the run, from 0 to below 1")
+        if self.start + self.ramp > 1:
+            raise ValueError(
+                f"ramp={self.ramp} from start={self.start} on would not end within the run: say "
+                f"ramp={1 - self.start:g} at most"
+            )
 
     @property
     def table_columns(self) -> dict[str, str]:
@@ -97,6 +102,11 @@ class Objective(nn.Module):
         """Whether it takes part at this point of the run. Until then the loop calls neither `targets` nor `forward`,
         and its parameters rest as they were built: the step at which it starts is the first of its head."""
         return progress >= self.options.start
+
+    def reaches(self, progress: float) -> bool:
+        """Whether its loss moves the backbone at this point of the run, or its own head alone. Where no objective that
+        has started does, the loop lets the backbone rest: weight decay would wear it down otherwise."""
+        return True
 
     def meet(self, others: Mapping[str, Objective]) -> None:
         """Called once by `build`, with all objectives by name: what shares a part with another one takes it here."""

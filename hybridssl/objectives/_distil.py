@@ -13,6 +13,7 @@ from hybridssl.assign import Centre, sinkhorn
 from hybridssl.fused import Targets, kept
 from hybridssl.heads import Head
 from hybridssl.objectives import Context, Objective, ObjectiveOptions
+from hybridssl.schedule import ramp
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class DistilOptions(ObjectiveOptions):
     student_temperature: float = 0.1  # by which the student's cosines are divided
     teacher_temperature: float = 0.07  # by which the teacher's are, after the warm-up; lower is sharper
     teacher_temperature_start: float = 0.04  # and at the start
-    temperature_warmup: float = 0.3  # share of the run over which the teacher's temperature rises linearly
+    temperature_warmup: float = 0.3  # share of the run from `start` on over which the teacher's temperature rises
     centering: Literal["sinkhorn", "mean"] = "sinkhorn"  # what keeps all prototypes in use (DINOv2; DINO)
     centre_momentum: float = 0.9  # of mean centering
-    freeze_last: float = 0.01  # share of the run for which the prototypes do not move
+    freeze_last: float = 0.01  # share of the run, from `start` on, for which the prototypes do not move
 
 
 class Distil(Objective):
@@ -37,13 +38,14 @@ class Distil(Objective):
 
     def __init__(self, options: DistilOptions, context: Context) -> None:
         super().__init__(options, context)
+        self.since = options.start  # when its head begins, which its shares count from: a late one begins no later
         self.head = Head(context.dim, options.prototypes, options.hidden, options.bottleneck)
         self.centre = Centre(options.prototypes, options.centre_momentum) if options.centering == "mean" else None
 
     def temperature(self, progress: float) -> float:
         """The teacher's temperature at this share of the run."""
         o = self.options
-        risen = min(1.0, progress / o.temperature_warmup) if o.temperature_warmup > 0 else 1.0
+        risen = ramp(o.temperature_warmup, progress, self.since)
         return o.teacher_temperature_start + (o.teacher_temperature - o.teacher_temperature_start) * risen
 
     def schedules(self, progress: float) -> dict[str, float]:
@@ -63,7 +65,7 @@ class Distil(Objective):
         return Targets(whole, weight, temperature, bias[None], at_hand).split([part.shape[1] for part in z])
 
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
-        return [self.head.prototypes] if progress < self.options.freeze_last else []
+        return [self.head.prototypes] if progress < self.since + self.options.freeze_last else []
 
 
 def crossing(crops: int, local_weight: float, like: Tensor) -> tuple[Tensor, Tensor]:

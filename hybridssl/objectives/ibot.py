@@ -65,6 +65,7 @@ class Ibot(Distil):
                 f"objectives.ibot.head=dino, but the shared head rests until objectives.dino.start={theirs.start}: let "
                 f"dino start no later than ibot ({mine.start}), or set objectives.ibot.head=own"
             )
+        self.since = theirs.start
         del self.head
         object.__setattr__(self, "head", dino.head)  # not registered here: trained, averaged and saved once, as dino's
 

@@ -31,7 +31,7 @@ class Options(ObjectiveOptions):
     dropout: float = 0.0  # on the features, before the head
     head_first: float = 0.0  # share of the run until which only the head learns, and the backbone does not: it then
     # meets a head that knows the classes (LP-FT, arXiv 2202.10054)
-    unfreeze_at: float = 0.1  # share of the run after which text prototypes move; 1: never
+    unfreeze_at: float = 0.1  # share of the run until which text prototypes rest; 0 or `start`: they do not; 1: always
     ontology: str = ""  # CSV (name,parents): for classes that are kinds of others, or sources of unlike detail
     adjust: bool = False  # one_of: logits + log prior of the class in its source (logit adjustment, arXiv 2007.07314),
     # for frequencies that differ between sources, and for data drawn as they come; no image is shown more often for it
@@ -42,6 +42,17 @@ class Options(ObjectiveOptions):
         if not 0.5 < self.pseudo_above <= 1:
             raise UserError(
                 f"objectives.labels.pseudo_above={self.pseudo_above}: use a probability above .5, such as .95; 1: none"
+            )
+        later = f"{min(self.start + 0.05, (1 + self.start) / 2):g}"
+        if 0 < self.head_first <= self.start:
+            raise UserError(
+                f"objectives.labels.head_first={self.head_first} is a share of the whole run, and labels start at "
+                f"{self.start}: no head would learn first. Take one behind that, such as {later}, or 0"
+            )
+        if self.init == "text" and 0 < self.unfreeze_at < self.start:
+            raise UserError(
+                f"objectives.labels.unfreeze_at={self.unfreeze_at} is a share of the whole run, and labels start at "
+                f"{self.start}: the words would never rest. Take one behind that, such as {later}, or 0"
             )
         if self.adjust and self.kind == "multi":
             raise UserError(
@@ -140,7 +151,10 @@ class Labels(Objective):
 
     def _shown(self, cls: Tensor, progress: float) -> Tensor:
         """`cls`, and while only the head learns without its gradient; yet on the graph, or DDP waits for it."""
-        return cls if progress >= self.options.head_first else cls.detach() + 0 * cls
+        return cls if self.reaches(progress) else cls.detach() + 0 * cls
+
+    def reaches(self, progress: float) -> bool:
+        return progress >= self.options.head_first
 
     def logits(self, features: Tensor) -> Tensor:
         """[N, dim] -> [N, K] for any image and all classes; multi: [N, V], the ancestors behind the classes."""

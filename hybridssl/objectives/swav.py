@@ -26,7 +26,7 @@ class Options(ObjectiveOptions):
     temperature: float = 0.1  # by which the student's cosines are divided
     epsilon: float = 0.05  # temperature of the codes
     queue: int = 0  # earlier images that share in the balance of the codes: 3,840 for batches of 256; 0: none
-    freeze_last: float = 0.01  # share of the run for which the prototypes do not move
+    freeze_last: float = 0.01  # share of the run, from `start` on, for which the prototypes do not move
 
 
 class Swav(Objective):
@@ -87,7 +87,7 @@ class Swav(Objective):
         return {"swav": cross_entropy(z, self.head.weight, target, self.options.temperature, share, mix)}
 
     def frozen(self, progress: float) -> Iterable[nn.Parameter]:
-        return [self.head.prototypes] if progress < self.options.freeze_last else []
+        return [self.head.prototypes] if progress < self.options.start + self.options.freeze_last else []
 
     @torch.no_grad()
     def health(self, student: ViewTokens, target: Targets, batch: Batch) -> dict[str, Tensor]:

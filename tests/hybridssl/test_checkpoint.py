@@ -145,8 +145,22 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path: Path) -> 
     left.mkdir(parents=True)
     (left / "model.safetensors").write_bytes(b"half")
     assert [p.name for p in run.checkpoints(tmp_path)] == ["step-2", "step-1", "step-0"]
-    Writer(tmp_path, Keep())
+    Writer(tmp_path, Keep(), step=2)
     assert names(tmp_path) == ["latest", "step-1", "step-2"]  # it died before it removed the third one, too
+
+
+def test_a_damaged_checkpoint_displaces_no_whole_one(tmp_path: Path) -> None:
+    """One is kept: not the damaged one of step 8, to which the run that goes on from step 4 has yet to come."""
+    for step in (4, 8):
+        checkpoint.save(tmp_path, state(step), *three(), Keep(last=9))
+    damage(tmp_path / "checkpoints" / "step-8" / "model.safetensors")
+    writer = Writer(tmp_path, Keep(last=1), step=4)
+    assert run.latest(tmp_path).name == "step-4"
+    for step in (6, 8):
+        writer.save(state(step), *three())
+        writer.wait()
+        assert run.latest(tmp_path).name == f"step-{step}"
+    assert names(tmp_path) == ["latest", "step-8"]
 
 
 def test_text_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

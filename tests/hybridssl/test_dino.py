@@ -7,6 +7,7 @@ import torch
 from lightly.loss import DINOLoss
 
 from hybridssl.fused import Targets
+from hybridssl.objectives import spread
 from hybridssl.objectives.dino import Dino, Options
 from tests.hybridssl.dense import sinkhorn
 
@@ -82,6 +83,10 @@ def test_targets_keep_images_and_views_in_their_place(toys) -> None:
 def test_the_temperature_warms_up(toys) -> None:
     objective, _ = make(toys, teacher_temperature_start=0.04, teacher_temperature=0.08, temperature_warmup=0.5)
     assert [objective.temperature(p) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.04, 0.06, 0.08, 0.08])
+    late = toys.pair({"dino": Options(**toys.SMALL, start=0.6, temperature_warmup=0.2), "spread": spread.Options()})[0]
+    assert [late["dino"].temperature(p) for p in (0.0, 0.6, 0.7, 0.8, 1.0)] == pytest.approx(
+        [0.04, 0.04, 0.055, 0.07, 0.07]
+    )
     at_once, _ = make(toys, temperature_warmup=0.0)
     assert at_once.temperature(0.0) == 0.07
 

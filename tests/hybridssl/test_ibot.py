@@ -132,6 +132,14 @@ def test_the_teacher_of_a_shared_head_follows_it(toys) -> None:
     torch.testing.assert_close(teacher.each()["ibot"].head.prototypes.detach(), before + 0.25)
 
 
+def test_a_late_objective_begins_nothing_anew_in_a_shared_head(toys) -> None:
+    late = {**toys.SMALL, "freeze_last": 0.1, "temperature_warmup": 0.2}
+    options = {"ibot": Options(**late, head="dino", start=0.5), "dino": dino.Options(**late)}
+    ibot = build(options, toys.context())["ibot"]
+    assert list(ibot.frozen(0.5)) == []
+    assert ibot.temperature(0.5) == 0.07
+
+
 @pytest.mark.parametrize("centering", ["sinkhorn", "mean"])
 def test_micro_batches_equal_one_large_batch_with_a_shared_head(centering: str, toys) -> None:
     student, teacher = shared(toys, centering=centering)

@@ -113,11 +113,31 @@ def test_the_head_learns_first_and_then_the_backbone_too(pseudo: float, toys) ->
     for progress in (0.49, 0.5):
         loss = sum(objective(views, target, batch, progress).values())
         assert loss.item() == pytest.approx(sum(objective(views, target, batch, 1.0).values()).item())
+        assert objective.reaches(progress) == (progress >= 0.5)
         shown = [views.clean.cls, *([views.global_.cls] if pseudo < 1 else [])]
         found[progress] = torch.autograd.grad(loss, [objective.weight, *shown])  # all are on the graph
     torch.testing.assert_close(found[0.49][0], found[0.5][0])
     assert all(gradient.eq(0).all() for gradient in found[0.49][1:])
     assert all(gradient.ne(0).any() for gradient in found[0.5][1:])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"start": 0.7, "head_first": 0.7}, "0.75"),
+        ({"start": 0.7, "head_first": 0.1}, "0.75"),
+        ({"start": 0.98, "head_first": 0.5}, "0.99"),
+        ({"start": 0.7, "init": "text"}, "0.75"),  # .1 by itself
+    ],
+)
+def test_what_would_be_over_before_labels_start_is_refused(wrong: dict, right: str) -> None:
+    key = "head_first" if "head_first" in wrong else "unfreeze_at"
+    with pytest.raises(UserError, match=rf"objectives\.labels\.{key}=.* start at .*such as {right}, or 0"):
+        Options(**wrong)
+    for value in (float(right), 0.0, 1.0):
+        Options(**{**wrong, key: value})
+    Options(start=0.7)  # prototypes that begin at random never rest
+    Options(start=0.7, init="text", unfreeze_at=0.7)  # and words that learn with all else need not
 
 
 def test_random_cosine_prototypes_are_unit_rows(toys) -> None:

@@ -27,8 +27,10 @@ def test_the_first_step_of_a_share_is_the_one_at_which_progress_reaches_it(share
         assert first_step(share, steps) == next(step for step in range(steps + 1) if step / steps >= share)
 
 
-def groups_by_name(options: OptimOptions) -> tuple[dict[str, dict], nn.Module, torch.optim.Optimizer]:
-    backbone = build(TINY, 3, 32)
+def groups_by_name(
+    options: OptimOptions, network: BackboneOptions = TINY
+) -> tuple[dict[str, dict], nn.Module, torch.optim.Optimizer]:
+    backbone = build(network, 3, 32)
     heads = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
     optimizer = optim.build(backbone, heads, options)
     model = nn.ModuleDict({"backbone": backbone, "heads": heads})
@@ -57,6 +59,21 @@ def test_layer_decay_patch_embedding_and_weight_decay_reach_the_right_parameters
     assert groups["heads.0.weight"]["lr"] == pytest.approx(0.5)
     assert groups["heads.0.weight"]["weight_decay"] == pytest.approx(0.1)
     assert groups["backbone.mask_token"]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("vit_small_patch16_rope_mixed_224", "rope.freqs"), ("deit_tiny_distilled_patch16_224", "dist_token")],
+)
+def test_what_an_architecture_names_takes_no_weight_decay_and_learns_like_the_stem(name: str, own: str) -> None:
+    network = BackboneOptions(name=name, args={"embed_dim": 32, "depth": 3, "num_heads": 2})
+    groups, *_ = groups_by_name(OptimOptions(layer_decay=0.5), network)
+    scale = {key.removeprefix("backbone.model."): group["scale"] for key, group in groups.items()}
+    assert not groups[f"backbone.model.{own}"]["decays"]
+    assert scale[own] == scale["cls_token"]
+    assert scale["norm.weight"] == 1.0
+    blocks = [scale[f"blocks.{i}.norm1.weight"] for i in range(3)]
+    assert [scale["cls_token"], *blocks] == [0.125, 0.25, 0.5, 1.0]
 
 
 def test_what_is_treated_alike_shares_a_group() -> None:

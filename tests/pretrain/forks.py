@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 FAILED = 70  # exit code of work that raised
 
 
@@ -36,3 +38,15 @@ def forked(work: Callable[[], int], log: Path | None = None) -> int:
 def ends(child: int) -> int:
     """The exit code of a child, once it has ended; -9 where it was killed."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def meeting() -> TCPStore:
+    """Where the processes of one run find one another, at `port`. It is taken as long as this object lives: one that is
+    found free and taken later may be somebody else's by then."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def join(rank: int, port: int) -> None:
+    """This process is `rank` of two, which meet at `port`."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}

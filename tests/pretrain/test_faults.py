@@ -24,9 +24,8 @@ from hybridssl.run import read_state
 from pretrain import journal, stop
 from pretrain.keeper import Keeper
 from pretrain.loop import main
-from pretrain.watchdog import Watchdog
 from tests.pretrain.conftest import launch, lines, losses
-from tests.pretrain.test_processes import free_port
+from tests.pretrain.forks import join, meeting
 
 
 def when(true: Callable[[], object], process: subprocess.Popen, seconds: float = 120) -> None:
@@ -87,8 +86,8 @@ def test_a_run_that_was_stopped_forgets_it_when_it_goes_on(tiny: list[str], tmp_
     assert not (tmp_path / "run" / "stopped").exists()
 
 
-def asks_at_step_two(rank: int, port: str, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def asks_at_step_two(rank: int, port: int, folder: str) -> None:
+    join(rank, port)
     torch.distributed.init_process_group("gloo")
     with stop.Stop() as asked:
         step = 0
@@ -104,7 +103,8 @@ def asks_at_step_two(rank: int, port: str, folder: str) -> None:
 
 
 def test_all_processes_stop_at_the_same_step_one_after_it_was_asked_for(tmp_path: Path) -> None:
-    start_processes(asks_at_step_two, args=(free_port(), str(tmp_path)), nprocs=2, start_method="fork")
+    place = meeting()
+    start_processes(asks_at_step_two, args=(place.port, str(tmp_path)), nprocs=2, start_method="fork")
     assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["3 1", "3 1"]
 
 
@@ -141,7 +141,7 @@ with Watchdog(0.5, 3, lambda: "The loader was at a.tar. ") as dog:
 @pytest.mark.parametrize("body", ["time.sleep(60)", "import ctypes; ctypes.PyDLL(None).sleep(60)"])
 def test_a_process_that_hangs_ends_itself_and_says_where(body: str) -> None:
     """The second holds Python's lock, as a library in C that never returns does."""
-    done = subprocess.run([sys.executable, "-c", HANGS.format(body)], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", HANGS.format(body)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert 'File "<string>", line 6 in <module>' in done.stderr
     if "PyDLL" not in body:
@@ -149,13 +149,27 @@ def test_a_process_that_hangs_ends_itself_and_says_where(body: str) -> None:
         assert "a.tar" in done.stderr
 
 
+WORKS = """
+import threading, time
+from pretrain.watchdog import Watchdog
+now, slept = [0.0], []
+time.monotonic = lambda: now[0]
+with Watchdog(600.0, 0, str) as dog:
+    for step in range(60):  # ten hours in all, ten minutes between two beats
+        now[0] += 600.0
+        dog._over.wait(0.05) or slept.append(step)
+        dog.beat(str(step))
+assert len(slept) == 60
+assert "watchdog" not in {thread.name for thread in threading.enumerate()}  # no moment longer
+now[0] += 6000.0
+time.sleep(1.5)  # longer than it sleeps: nor when it is over
+"""
+
+
 def test_a_process_that_works_is_left_alone() -> None:
-    with Watchdog(2.0, 0, str) as dog:
-        for step in range(3):
-            time.sleep(0.9)
-            dog.beat(str(step))
-    assert "watchdog" not in {thread.name for thread in threading.enumerate()}  # no moment longer
-    time.sleep(2.3)  # nor when it is over
+    """Minutes of work pass on a clock of its own, so that a busy machine is no hang."""
+    done = subprocess.run([sys.executable, "-c", WORKS], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def full(*_: object, **__: object) -> None:
@@ -277,16 +291,17 @@ def test_going_on_with_another_number_of_processes_continues_the_curve(tiny: lis
     out, whole = tmp_path / "run", tmp_path / "whole"
     assert main([*tiny, f"out={whole}"]) == 0
     half = [*tiny, f"out={out}", "steps=4"]
-    start_processes(first_half, args=(free_port(), half), nprocs=2, start_method="spawn")
+    place = meeting()
+    start_processes(first_half, args=(place.port, half), nprocs=2, start_method="spawn")
     assert read_state(out)["step"] == 2
     assert main(half) == 0
     for left, right in zip(losses(out), losses(whole), strict=True):
         assert left == pytest.approx(right, rel=1e-4, abs=1e-4)
 
 
-def first_half(rank: int, port: str, arguments: list[str]) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+def first_half(rank: int, port: int, arguments: list[str]) -> None:
+    join(rank, port)
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     inside = stop.Stop.share
 
     def share(self: stop.Stop) -> None:

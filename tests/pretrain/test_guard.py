@@ -57,6 +57,30 @@ def test_other_moving_parameters_begin_again() -> None:
     assert judged(guard, [1e4], moving=0) == [False]
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["objectives={dino: null, ibot: null, spread: null}", "objectives.labels.head_first=0.5"],
+        ["objectives.labels.head_first=0.5"],
+        ["objectives.anchor.start=0.5"],  # no parameter is its own
+    ],
+)
+def test_losses_that_come_to_the_backbone_begin_again(keys: list[str], tiny: list[str], tmp_path: Path) -> None:
+    """Or the norms of a head alone would be the bound of those of the whole."""
+    arguments = [*tiny, *(f"objectives.{name}.freeze_last=0" for name in ("dino", "ibot") if len(keys) == 1), *keys]
+    assert main([*arguments, f"out={tmp_path / 'run'}"]) == 0
+    state = json.loads((tmp_path / "run/checkpoints/step-4/state.json").read_text())
+    assert sum(norm is not None for norm in state["guard"]["norms"]) == 2
+
+
+def test_a_norm_of_zero_is_compared_with_nothing() -> None:
+    """Where nothing moves, or no image of a batch has a label."""
+    guard = Guard(GuardOptions(), CPU)
+    assert not any(judged(guard, [0.0] * 2 * ENOUGH))
+    assert set(guard.state()["norms"]) == {None}
+    assert judged(guard, [2.0]) == [False]
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.inf, math.nan)])
 def test_what_is_not_finite_is_refused_and_named(loss: float, norm: float) -> None:
     guard = Guard(GuardOptions(patience=2), CPU)
@@ -136,6 +160,17 @@ def test_too_many_in_a_row_go_back_to_the_checkpoint_with_other_images(
     assert main([*tiny, f"out={tmp_path / 'calm'}", "steps=8", "save.every=2"]) == 0
     assert losses(tmp_path / "calm")[:4] == losses(out)[:4]
     assert losses(tmp_path / "calm")[4:] != losses(out)[4:]  # other images
+
+
+def test_probes_of_steps_that_are_taken_again_count_once(tiny: list[str], tmp_path: Path, monkeypatch) -> None:
+    """The first is the best, patience begins after step 2, and the probe of step 3 is made again."""
+    poison(monkeypatch, range(2, 4))
+    values = iter([0.5, *[0.4] * 9])
+    monkeypatch.setattr("pretrain.probe._Judged.__call__", lambda *_: {"probe/linear": next(values)})
+    out = tmp_path / "run"
+    early = ["probe.every=1", "probe.early_stop=4"]
+    assert main([*tiny, f"out={out}", "steps=20", "save.every=2", "guard.patience=2", *early]) == 0
+    assert lines(out)[-1]["step"] == 6
 
 
 def test_the_second_time_it_stops_with_a_diagnosis(tiny: list[str], tmp_path: Path, monkeypatch, capsys) -> None:

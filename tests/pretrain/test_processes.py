@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from hybridssl.run import read_state
 from pretrain import report
 from pretrain.loop import main
 from tests.pretrain.conftest import TINY, losses
+from tests.pretrain.forks import join, meeting
 from tests.pretrain.test_continue import CONTINUED
 from tests.pretrain.test_loop import assert_close
 
@@ -42,7 +42,9 @@ def test_two_processes_equal_one_with_the_double_batch(index: Path, weights: Pat
     recipes = {name: [*TINY, f"data.train={index}", *own] for name, own in RECIPES.items()}
     recipes["continued"].append(f"backbone.weights={weights}")
     table = tmp_path / "runs.json"
-    table.write_text(json.dumps([[free_port(), *a, f"out={tmp_path / name}-two"] for name, a in recipes.items()]))
+    places = [meeting() for _ in recipes]
+    runs = [[*arguments, f"out={tmp_path / name}-two"] for name, arguments in recipes.items()]
+    table.write_text(json.dumps([(place.port, run) for place, run in zip(places, runs, strict=True)]))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     program = [sys.executable, __file__, str(table)]
     done = subprocess.run(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -55,17 +57,10 @@ def test_two_processes_equal_one_with_the_double_batch(index: Path, weights: Pat
             assert_close(losses(tmp_path / f"{name}-two"), losses(tmp_path / name), 1e-4)
 
 
-def free_port() -> str:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
-
-
 def one_of_two(rank: int, table: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     with mock.patch.object(report, "write", lambda run, *_: run / "report.html"):
-        for port, *arguments in json.loads(Path(table).read_text()):
-            os.environ["MASTER_PORT"] = port  # a run ends with its process group
+        for port, arguments in json.loads(Path(table).read_text()):
+            join(rank, port)  # a run ends with its process group
             assert main(arguments) == 0
             AcceleratorState._reset_state(True)
 

@@ -18,8 +18,7 @@ import pytest
 from pretrain.batches import Batches
 from pretrain.loop import main
 from tests.pretrain.conftest import TINY
-from tests.pretrain.forks import forked
-from tests.pretrain.test_processes import free_port
+from tests.pretrain.forks import forked, join, meeting
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 0.6  # minutes; a first step takes long where others are at work
@@ -42,8 +41,8 @@ def test_a_process_that_fails_ends_the_job_with_its_own_words(
     fault: str, own_words: str, index: Path, tmp_path: Path
 ) -> None:
     arguments = [*TINY, f"data.train={index}", f"out={tmp_path / 'run'}", f"timeout={TIMEOUT}", "steps=50"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, __file__, fault, free_port(), *arguments]
+    environment, place = {**os.environ, "PYTHONPATH": str(ROOT)}, meeting()
+    program = [sys.executable, __file__, fault, str(place.port), *arguments]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=280)
     told = done.stderr
     assert done.returncode == 0, told
@@ -59,8 +58,7 @@ def two(fault: str, port: str, arguments: list[str]) -> int:
 
 
 def one(rank: int, fault: str, port: str, arguments: list[str]) -> int:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    join(rank, int(port))
     if rank == 1:
         following, taken = Batches.__next__, []
 

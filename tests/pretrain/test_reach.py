@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hybridssl import backbone
-from pretrain import fingerprint, reach
+from pretrain import fingerprint, reach, report_images
 from pretrain.columns import columns
 from pretrain.command import load
 from pretrain.probe import InLoopProbe
@@ -103,6 +103,13 @@ def test_a_probe_fetches_a_few_shards_again_and_again(folder: Path) -> None:
     assert found[0] == found[1]
     assert 0 <= found[0]["probe/linear"] <= 1
     assert len(set(away.fetched)) == 3
+
+
+def test_the_report_shows_images_of_a_few_shards(folder: Path) -> None:
+    index, _ = far(folder, 20)
+    selected, words = report_images._select(index, ["train"])
+    assert words == "the val split"
+    assert 15 < len(shards_of(index, selected)) <= 20
 
 
 def test_the_doctor_fetches_a_few_shards(folder: Path) -> None:

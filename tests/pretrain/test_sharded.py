@@ -29,8 +29,9 @@ from pretrain.keeper import Keeper
 from pretrain.loop import main
 from pretrain.stop import Stop
 from tests.pretrain.conftest import TINY, lines, losses
+from tests.pretrain.forks import join, meeting
 from tests.pretrain.test_curriculum import DENSENET
-from tests.pretrain.test_processes import MASKED, WITHOUT, free_port
+from tests.pretrain.test_processes import MASKED, WITHOUT
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDED = "efficiency.sharded=true"
@@ -175,7 +176,8 @@ def half(run: Path, other: Path) -> None:
 
 def two(runs: Sequence[Sequence[str]], fault: str = "", codes: Sequence[int] = (0, 0)) -> None:
     """Make `runs`, one after the other, in two processes, which end with `codes`."""
-    table = json.dumps([[free_port(), *arguments] for arguments in runs])
+    places = [meeting() for _ in runs]
+    table = json.dumps([(place.port, list(run)) for place, run in zip(places, runs, strict=True)])
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, __file__, fault, table]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=1000)
@@ -183,11 +185,10 @@ def two(runs: Sequence[Sequence[str]], fault: str = "", codes: Sequence[int] = (
 
 
 def one_of_two(rank: int, fault: str, table: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     FAULTS.get(fault, lambda _: None)(rank)  # what is patched stays: the process ends with these runs
     with mock.patch.object(report, "write", lambda run, *_: run / "report.html"):
-        for port, *arguments in json.loads(table):
-            os.environ["MASTER_PORT"] = port  # a run ends with its process group
+        for port, arguments in json.loads(table):
+            join(rank, port)  # a run ends with its process group
             assert main(arguments) == 0
             AcceleratorState._reset_state(True)
 

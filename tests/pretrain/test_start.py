@@ -61,6 +61,8 @@ def test_a_longer_run_takes_no_turn_twice(tiny: list[str], tmp_path: Path, capsy
         ("objectives.labels={init: text, unfreeze_at: 1.0}", 100, ""),  # they always rest
         ("optim.heads_first=0.5", 60, "optim.heads_first"),
         ("objectives.dino.freeze_last=0.5", 60, "objectives.dino.freeze_last"),
+        ("objectives.dino={start: 0.2, freeze_last: 0.2}", 45, "objectives.dino.freeze_last"),  # until .4
+        ("objectives.dino={start: 0.2, freeze_last: 0.2}", 35, "objectives.dino.start"),
     ],
 )
 def test_which_turns_count(key: str, step: int, taken: str) -> None:
