@@ -221,7 +221,9 @@ def _file(proposal: Proposal, fixed: Mapping[str, Any], path: str, duration: str
         "result": "not measured yet",
         "command": f"accelerate launch pretrain recipe={path} out=runs/{Path(path).stem}",
     }
-    title = f"# Proposed by `python -m hybridssl doctor` for {public(fixed['data']['train'])}.\n#\n"
+    train = fixed["data"]["train"]
+    sets = ",".join(public(str(name)) for name in (train if isinstance(train, list) else [train]))
+    title = f"# Proposed by `python -m hybridssl doctor` for {sets}.\n#\n"
     lines = "".join(f"# {name:<9} {text}\n" for name, text in head.items())
     return title + lines + proposal.yaml()
 

@@ -199,7 +199,8 @@ def test_a_file_that_could_not_be_written_or_found_is_refused_before_the_work(
     index: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "new" / "deep" / "derm.yaml"
-    assert hybridssl(["doctor", "--data", str(index), "--out", str(file), *SHORT]) == 0
+    assert hybridssl(["doctor", "--data", f"[{index}]", "--out", str(file), *SHORT]) == 0  # as a list may be written
+    assert f"doctor` for {index}.\n" in file.read_text()
     assert command.load([f"recipe={file}", "out=x"]).name == "derm"
     capsys.readouterr()
     monkeypatch.setattr(fingerprint, "data", lambda *args: pytest.fail("looked"))
