@@ -122,9 +122,10 @@ def work(folder: Path, seed: int, count: int, arguments: list[str]) -> dict[str,
         if code == -signal.SIGKILL:
             name = point or "at random"
             deaths[name] = deaths.get(name, 0) + 1
-            spared = 0
+            spared, lasts = 0, lasts * (1.0 if point else 1.1)
         elif code == 0:
             finished, spared = finished + 1, spared + (point is not None)
+            lasts *= 0.8 if dying and not point else 1.0  # other work may have slowed the first run, or slow these
             if difference := same(calm, out):
                 different.append(f"{out.name}: {difference}")
             out = folder / f"run-{finished}"
