@@ -61,6 +61,9 @@ class Writer:
         self._job: tuple[RunState, dict[str, Tensor], dict[str, Tensor], bool] | None = None  # what is not written yet
         for left in (run / "checkpoints").glob("*.partial"):  # of a run that was killed
             shutil.rmtree(left, ignore_errors=True)
+        newest = run / "checkpoints" / f"step-{step}"
+        if _is_best(newest):  # killed before it said so beside it
+            write_text(newest.with_name("best"), newest.name)
         _prune(run / "checkpoints", keep, step)
 
     def save(
@@ -141,7 +144,7 @@ def _write(
         path = partial / f"{name}.safetensors"
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, path)
         sync(path)
-    document = {"format": FORMAT, "version": VERSION, **vars(state)}
+    document = {"format": FORMAT, "version": VERSION, **vars(state), "best": best}
     document["sha256"] = {p.name: sha256(p) for p in sorted(partial.glob("*.safetensors"))}
     document["versions"] = {name: version(name) for name in ("torch", "timm")}
     write_text(partial / "state.json", json.dumps(document, indent=1))
@@ -155,6 +158,12 @@ def _write(
     sync(folder)
     _prune(folder, keep, state.step)
     return final
+
+
+def _is_best(folder: Path) -> bool:
+    """Whether its probe was the best until then."""
+    path = folder / "state.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("best", False)
 
 
 def _partial(run: Path, step: int) -> Path:

@@ -149,6 +149,18 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(tmp_path: Path) -> 
     assert names(tmp_path) == ["latest", "step-1", "step-2"]  # it died before it removed the third one, too
 
 
+def test_the_best_is_known_though_the_run_was_killed_before_it_said_so(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, state(1), *three(), Keep(last=1), best=True)
+    (tmp_path / "checkpoints" / "best").unlink()  # the death was between the renaming and this
+    writer = Writer(tmp_path, Keep(last=1), step=1)
+    writer.save(state(2), *three())
+    writer.wait()
+    assert names(tmp_path) == ["best", "latest", "step-1", "step-2"]
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step-1"
+    Writer(tmp_path, Keep(last=1), step=2)
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step-1"
+
+
 def test_a_damaged_checkpoint_displaces_no_whole_one(tmp_path: Path) -> None:
     """One is kept: not the damaged one of step 8, to which the run that goes on from step 4 has yet to come."""
     for step in (4, 8):
