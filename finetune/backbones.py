@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,8 +102,6 @@ def _run(folder: Path, fresh: bool, device: str, size: int | None) -> Encoder:
     if size % patch:
         raise UserError(f"--size {size} is not a multiple of the patch size {patch} of {folder}")
     checkpoint = run.latest(folder)
-    # From inside checkpoints/ a name such as step-10 has no parents to look in; a link may hide them either way.
-    runs = [place.parent.parent for place in (Path(os.path.abspath(checkpoint)), checkpoint.resolve())]
     return from_model(
         backbone.model,  # the same tensors under the same names as in the exported folder: the same sha256
         forward,
@@ -114,7 +111,7 @@ def _run(folder: Path, fresh: bool, device: str, size: int | None) -> Encoder:
         mean=about["mean"],
         std=about["std"],
         channels=about["channels"],
-        digests=_digests(folder, checkpoint, *runs),
+        digests=_digests(folder, checkpoint, *run.homes(checkpoint)),
         device=device,
     )
 

@@ -9,7 +9,6 @@ pretraining.json  .safetensors     what was read in pretraining: counts, recipe,
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from hybridssl.backbone import Backbone
 from hybridssl.card import card
 from hybridssl.errors import UserError
 from hybridssl.quiet import quiet
-from hybridssl.run import latest, load_backbone
+from hybridssl.run import homes, latest, load_backbone
 from hybridssl.stated import Stated
 from hybridssl.weights import weights_sha256
 
@@ -69,9 +68,8 @@ def export(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        # From inside checkpoints/ a name such as step-10 has no parents to look in; a link may hide them either way.
-        for place in (Path(os.path.abspath(checkpoint)), checkpoint.resolve()):
-            if (read := place.parent.parent / "pretraining.safetensors").is_file():
+        for home in homes(checkpoint):
+            if (read := home / "pretraining.safetensors").is_file():
                 shutil.copyfile(read, partial / read.name)
                 break
         report = _write(partial, out, backbone, state, which, stated or Stated(), onnx)

@@ -63,6 +63,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(run.glob("checkpoints/step-*[0-9]"), key=step_of, reverse=True)
 
 
+def homes(checkpoint: Path) -> list[Path]:
+    """Where the run folder of a checkpoint may be: from inside checkpoints/ a name such as step-10 has no parents to
+    look in, and a link may hide them either way."""
+    return [place.parent.parent for place in (checkpoint.absolute(), checkpoint.resolve())]
+
+
 def step_of(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
