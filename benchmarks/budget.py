@@ -46,7 +46,7 @@ PROBE_LABELS = 0.1  # of the 10 %-label figures, whatever --labels is
 # ViT-S/16 at 128 px: the crops of ham-cpu twice as large, and 5 million presentations.
 GPU = """recipe=ham-cpu steps=20000 batch.size=256 data.workers=12 views.global_size=128 views.local_size=64
 backbone.name=vit_small_patch16_224 backbone.args.depth=12 backbone.args.embed_dim=384 backbone.args.num_heads=6
-backbone.drop_path=0.1 objectives.dino.prototypes=4096 objectives.ibot.prototypes=4096 optim.lr=2e-3
+backbone.drop_path=0.1 objectives.dino.prototypes=4096 optim.lr=2e-3
 teacher.momentum=[0.992,1.0] probe.every=2000 save.every=1000"""
 SIZES = {
     "quick": ["recipe=ham-cpu", "steps=500", "probe.every=250", "save.every=50"],
@@ -54,9 +54,13 @@ SIZES = {
     "gpu": GPU.split(),
 }
 JOIN = {"quick": 350, "cpu": 4550, "gpu": 14_000}  # the step, .7 of each, at which labels join in the arms of LATE
+PROTOTYPES = {"quick": 512, "cpu": 512, "gpu": 4096}
 LABELLED = {"quick": 16, "cpu": 16, "gpu": 64}  # images of a batch that have a label: the whole batch of `labels`
 
 SSL = "objectives.labels=null stream.labelled_fraction=0 text.encoder="
+# What the recipe had before pixels: iBOT, with as many prototypes as dino.
+IBOT = "objectives.pixels=null objectives.ibot.teacher_temperature=0.05"
+IBOT += " objectives.ibot.hidden=512 objectives.ibot.bottleneck=128 objectives.ibot.prototypes="
 # In the recipe labels join late, images come as they are, and prototypes are words.
 RANDOM = "objectives.labels.init=random objectives.labels.unfreeze_at=0.1 text.encoder="
 BALANCED = "stream.labelled_fraction=0.25 objectives.labels.adjust=false"
@@ -64,30 +68,32 @@ EARLY = f"{BALANCED} objectives.labels.start=0 objectives.labels.head_first=0"
 FREED, FROZEN = (f"objectives.labels.unfreeze_at={share}" for share in (0.1, 1))
 REMOVED = "objectives.guide.columns.domain=remove objectives.guide.start=0.7"
 ARMS = {
-    "labels": f"{EARLY} {RANDOM} stream.labelled_fraction=1 objectives.dino=null objectives.ibot=null"
+    "labels": f"{EARLY} {RANDOM} stream.labelled_fraction=1 objectives.dino=null objectives.pixels=null"
     " objectives.spread=null views.local_count=0",
-    "ssl": SSL,
-    "ssl-curriculum": f"{SSL} views.curriculum=0.75",
-    "ssl-left-out": f"{SSL} views.left_out=0.5",
-    "ssl-faster": f"{SSL} views.curriculum=0.75 views.left_out=0.5",
-    "hybrid-text": f"{EARLY} {FREED}",
-    "hybrid-random": f"{EARLY} {RANDOM}",
-    "hybrid-late": RANDOM,
-    "hybrid-late-balanced": f"{BALANCED} {RANDOM}",
-    "hybrid-late-text": "",  # the recipe as it stands
-    "hybrid-late-text-warm": "objectives.labels.unfreeze_at=0.7",  # prototypes learn before the backbone
-    "hybrid-late-text-frozen": FROZEN,
-    "hybrid-late-no-domain": f"{REMOVED} objectives.guide.weight=0.1 objectives.guide.removal=0.1",  # as FINO does
-    "hybrid-late-no-domain-strong": f"{REMOVED} objectives.guide.weight=1 objectives.guide.removal=1",
-    "dermino": f"{EARLY} {FROZEN} objectives.labels.head=linear objectives.labels.kind=multi"
+    "ssl": f"{SSL} {IBOT}",
+    "ssl-curriculum": f"{SSL} {IBOT} views.curriculum=0.75",
+    "ssl-left-out": f"{SSL} {IBOT} views.left_out=0.5",
+    "ssl-faster": f"{SSL} {IBOT} views.curriculum=0.75 views.left_out=0.5",
+    "ssl-pixels": SSL,
+    "hybrid-text": f"{IBOT} {EARLY} {FREED}",
+    "hybrid-random": f"{IBOT} {EARLY} {RANDOM}",
+    "hybrid-late": f"{IBOT} {RANDOM}",
+    "hybrid-late-balanced": f"{IBOT} {BALANCED} {RANDOM}",
+    "hybrid-late-text": IBOT,
+    "hybrid-late-text-warm": f"{IBOT} objectives.labels.unfreeze_at=0.7",  # prototypes learn before the backbone
+    "hybrid-late-text-frozen": f"{IBOT} {FROZEN}",
+    "hybrid-late-no-domain": f"{IBOT} {REMOVED} objectives.guide.weight=0.1 objectives.guide.removal=0.1",  # as FINO
+    "hybrid-late-no-domain-strong": f"{IBOT} {REMOVED} objectives.guide.weight=1 objectives.guide.removal=1",
+    "dermino": f"{IBOT} {EARLY} {FROZEN} objectives.labels.head=linear objectives.labels.kind=multi"
     " objectives.labels.view=global",
-    "pixels-for-ibot": "objectives.ibot=null objectives.pixels.weight=1",
-    "kde-for-koleo": "objectives.spread.estimator=kde objectives.spread.group=64",
+    "kde-for-koleo": f"{IBOT} objectives.spread.estimator=kde objectives.spread.group=64",
+    "pixels-for-ibot": "",  # the recipe as it stands
 }
+RECIPE = "pixels-for-ibot"
 # Branches of the arm `ssl` at JOIN: each costs only the rest. Where images are drawn alike they are, to the bit
 # on a CPU, whole runs of these keys; `hybrid-late-balanced` draws others from JOIN on.
 LATE = tuple(arm for arm in ARMS if arm.startswith("hybrid-late"))
-MAIN = ("random", "labels", "ssl", "hybrid-late-text")
+MAIN = ("random", "labels", "ssl-pixels", RECIPE)
 UNLABELLED = ("random", *(arm for arm, keys in ARMS.items() if keys.startswith(SSL)))
 
 # figure -> where its results.json is below an arm's folder
@@ -150,17 +156,26 @@ def train(work: Path, size: str, arm: str, seed: int = 0, labels: float = 0.1, t
     out = folder(work, size, labels, arm) / "runs" / f"{arm}-{seed}"
     data, full = sets.ham_with_labels(work, share(labels, arm)), sets.ham_index(work)
     more = [f"seed={seed}", f"save.keep_every={JOIN[size]}"]
+    if base := trunk(arm, labels):
+        run = train(work, size, base, seed, PROBE_LABELS, threads)
+        more.append(f"branch={run / 'checkpoints' / f'step-{JOIN[size]}'}")
     if arm in LATE:
-        trunk = train(work, size, "ssl", seed, labels, threads)
-        # labels start where the branch does
-        more += [f"branch={trunk / 'checkpoints' / f'step-{JOIN[size]}'}", "objectives.labels.start=0"]
+        more.append("objectives.labels.start=0")  # where the branch does
     sets.pretrain(out, data, full, [*overrides(work, size, arm), *more], threads)
     return out
 
 
+def trunk(arm: str, labels: float) -> str | None:
+    """The arm, of a tenth of the labels, from whose run this one branches at JOIN: until then both are one."""
+    if arm == "ssl-pixels" or (arm == RECIPE and labels != PROBE_LABELS):
+        return RECIPE
+    return "ssl" if arm in LATE else None
+
+
 def overrides(work: Path, size: str, arm: str) -> list[str]:
     batch = [f"batch.size={LABELLED[size]}"] if arm == "labels" else []
-    return [*SIZES[size], *ARMS[arm].split(), *batch, *words(work, arm)]
+    keys = ARMS[arm].replace(IBOT, f"{IBOT}{PROTOTYPES[size]}").split()
+    return [*SIZES[size], *keys, *batch, *words(work, arm)]
 
 
 def words(work: Path, arm: str) -> list[str]:
@@ -217,8 +232,9 @@ def training(
     for arm, seeds in found.items():
         for seed in seeds if arm != "random" else ():
             last = told(folder(work, size, labels, arm) / "runs" / f"{arm}-{seed}")
-            trunk = folder(work, size, labels, "ssl") / "runs" / f"ssl-{seed}"
-            spent = told(trunk, JOIN[size])["seconds"] if arm in LATE else 0
+            spent = 0.0
+            if base := trunk(arm, labels):
+                spent = told(folder(work, size, PROBE_LABELS, base) / "runs" / f"{base}-{seed}", JOIN[size])["seconds"]
             trained.setdefault(arm, {})[str(seed)] = {"seconds": last["seconds"] + spent, "images": last["images"]}
     return trained
 

@@ -21,7 +21,7 @@ from benchmarks import budget, sets
 from benchmarks.common import drawn, machine, write_results
 from finetune.results import Result, find
 
-ARMS = {"hybrid": "hybrid-late-text", "ssl": "ssl", "labels": "labels"}  # as benchmarks/budget.py calls them
+ARMS = {"hybrid": budget.RECIPE, "ssl": "ssl-pixels", "labels": "labels"}  # as benchmarks/budget.py calls them
 DRAWS = {"1": [0], "0.1": [0], "0.1x5": [0, 1, 2, 3, 4]}  # folder -> seeds of the draws of labels
 UNLABELLED = ("ssl", "random", "histogram")
 PROTOCOLS = {"knn": ["knn"], "probe": ["logistic", "linear"]}  # by verb

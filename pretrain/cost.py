@@ -47,6 +47,9 @@ class Network:
         return (size // self.patch) ** 2 + self.prefix
 
 
+HIDDEN = 0.15  # share of the patches of the global views: half the views, .1-.5 of each
+
+
 @dataclass(frozen=True)
 class Step:
     """What one image goes through in a step."""
@@ -58,7 +61,7 @@ class Step:
     prototypes: int
     hidden: int
     bottleneck: int
-    masked: float = 0.15  # share of the patches of the global views that is hidden (half the views, .1-.5 of each)
+    masked: float = HIDDEN  # share of the patches of the global views that meets prototypes because it is hidden
     clean: float = 0.0  # share of the images that have a mild view too
     short: float = 0.0  # share of the global views that leave patches out, and
     left_out: float = 0.0  # the share of their patches that they leave out

@@ -48,6 +48,7 @@ class Draft:
     batch: int
     shown: int  # images in the whole run
     labels: str  # kind of the label loss; "": none
+    patches: str  # the objective of hidden patches; "": none
     step: Step | None  # None: a convolutional backbone, whose cost is not computed
 
     @property
@@ -168,6 +169,8 @@ def _work_out(candidate: Candidate, data: Data, machine: Machine, fixed: Mapping
     size = given(fixed, "views.global_size", rules.global_size(data.short_side, candidate.wanted, patch, least))
     batch = given(fixed, "batch.size", rules.batch_size(data.images, machine.processes))
     steps = given(fixed, "steps", 0)
+    grid = size // patch
+    chosen = "ibot" if lookup(fixed, "objectives.ibot") not in (None, ABSENT) else ""
     draft = Draft(
         data=data,
         machine=machine,
@@ -179,6 +182,9 @@ def _work_out(candidate: Candidate, data: Data, machine: Machine, fixed: Mapping
         batch=batch,
         shown=steps * batch or rules.presentations(data.images, batch, candidate.continuing, cpu),
         labels=_labels(data, fixed),
+        patches=(chosen or rules.patch_objective(grid, candidate.continuing))
+        if net
+        else "",  # others see around a mask
         step=None,
     )
     return replace(draft, step=_step(net, draft, fixed)) if net else draft
@@ -198,6 +204,7 @@ def _step(net: cost.Network, draft: Draft, fixed: Mapping[str, Any]) -> Step:
         hidden=given(fixed, "objectives.dino.hidden", hidden),
         bottleneck=given(fixed, "objectives.dino.bottleneck", bottleneck),
         clean=share if draft.labels else 0.0,
+        masked=cost.HIDDEN if draft.patches == "ibot" else 0.0,
         item=2 if machine.bf16 else 4,
         cuda=not draft.cpu,
     )

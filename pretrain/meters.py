@@ -142,6 +142,7 @@ def work(recipe: Recipe, learner: Student, channels: int) -> dict[int, float]:
     if net is None or "visible" in learner.views or not any(o.taught for o in objectives):
         return {}
     heads = [o.options for o in objectives if hasattr(o.options, "prototypes")]
+    hidden = any(o.masked and hasattr(o.options, "prototypes") for o in objectives)
     low, high = recipe.views.mask_ratio
     step = cost.Step(
         network=net,
@@ -151,7 +152,7 @@ def work(recipe: Recipe, learner: Student, channels: int) -> dict[int, float]:
         prototypes=max((o.prototypes for o in heads), default=0),
         hidden=max((o.hidden for o in heads), default=0),
         bottleneck=max((o.bottleneck for o in heads), default=0),
-        masked=recipe.views.mask_probability * (low + high) / 2 if learner.masked else 0.0,
+        masked=recipe.views.mask_probability * (low + high) / 2 if hidden else 0.0,
         short=1 - recipe.views.mask_probability if recipe.views.left_out else 0.0,
         left_out=recipe.views.left_out,
         clean=recipe.stream.labelled_fraction if "clean" in learner.views else 0.0,

@@ -87,9 +87,13 @@ def _heads(plan: Proposal, draft: Draft, data: Data) -> None:
     head = {"prototypes": count, "hidden": hidden, "bottleneck": bottleneck}
     keys = {f"objectives.{part}.{key}": value for part in parts(draft) for key, value in head.items()}
     reason = f"about one for every eight of {data.images:,} images, within limits: more would stay empty"
-    if "ibot" not in parts(draft):
+    if not draft.patches:
         reason += "; no masked patches, for a convolution sees around a mask"
     plan.choose("prototypes", reason, f"{count:,}", **keys)
+    if draft.patches == "pixels":
+        grid = draft.size // draft.patch
+        reason = f"of {grid} x {grid} patches a view, what the hidden ones show teaches more than their prototypes"
+        plan.choose("patches", reason, "pixels", objectives__pixels__weight=1.0)
     reason = "pushes neighbours apart, so that images cannot all become alike"
     keys = {"objectives.spread.weight": 0.1}
     if (group := rules.neighbours(_micro(plan, draft))) != rules.GROUP:
@@ -214,8 +218,8 @@ def _notes(plan: Proposal, draft: Draft, data: Data) -> None:
 
 
 def parts(draft: Draft) -> tuple[str, ...]:
-    """The objectives with prototypes: masked patches need a backbone that can hide them."""
-    return ("dino", "ibot") if draft.step is not None else ("dino",)
+    """The objectives with prototypes."""
+    return ("dino", "ibot") if draft.patches == "ibot" else ("dino",)
 
 
 def _micro(plan: Proposal, draft: Draft) -> int:

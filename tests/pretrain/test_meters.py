@@ -64,6 +64,9 @@ def test_work_is_what_torch_counts(tiny: list[str]) -> None:
     alone, without = counted([*tiny, *dino, "objectives.ibot=null"])
     assert 0.85 * alone < without < 1.02 * alone
     assert without < said
+    painted, reckoned = counted([*tiny, *dino, "objectives={ibot: null, pixels: {}}"])
+    assert 0.85 * painted < reckoned < 1.02 * painted
+    assert reckoned == without  # hidden patches meet no prototypes
 
 
 def test_work_of_a_convolution_or_of_labels_alone_is_not_told(tiny: list[str]) -> None:

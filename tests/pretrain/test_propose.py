@@ -174,7 +174,9 @@ def test_proposal(name: str) -> None:
     assert ("labels" in recipe.objectives) == labelled
     late = labelled and recipe.objectives["labels"].start > 0
     assert (recipe.stream.labelled_fraction > 0) == (labelled and not late)
-    assert {"dino", "ibot", "spread"} <= recipe.objectives.keys()
+    grid = recipe.views.global_size // plan.draft.patch
+    patches = "pixels" if grid < 8 and not recipe.backbone.weights else "ibot"
+    assert recipe.objectives.keys() & {"dino", "ibot", "pixels", "spread"} == {"dino", patches, "spread"}
 
 
 def notes(name: str) -> str:
@@ -244,6 +246,8 @@ def test_late_labels_may_begin_at_words(start: float, init: str) -> None:
         ({"views": {"global_size": 128}}, {"views.global_size": 128, "views.local_size": 64}),
         ({"objectives": {"labels": None}}, {"backbone.name": TINY}),
         ({"objectives": {"dino": {"prototypes": 32}}},
+         {"objectives.dino.prototypes": 32, "objectives.pixels.weight": 1.0}),
+        ({"objectives": {"dino": {"prototypes": 32}, "ibot": {}}},
          {"objectives.dino.prototypes": 32, "objectives.ibot.prototypes": 512}),
         ({"backbone": {"name": "vit_small_patch14_dinov2", "weights": "mine"}},
          {"backbone.weights": "mine", "views.global_size": 140, "objectives.anchor.weight": 0.5}),
@@ -263,10 +267,22 @@ def test_the_rest_follows_what_is_fixed(fixed: dict, expected: dict) -> None:
     assert bool(said) or fixed.get("objectives")
 
 
+@pytest.mark.parametrize(
+    ("said", "patches"),
+    [({}, {"pixels"}), ({"ibot": {}}, {"ibot"}), ({"ibot": None}, {"pixels"}), ({"pixels": None}, set())],
+)
+def test_hidden_patches_have_one_objective_or_none(said: dict, patches: set[str]) -> None:
+    fixed = {"objectives": said}
+    recipe = resolve(Recipe, [propose(Data(7_037), TWO_CORES, fixed).tree(), fixed])
+    assert recipe.objectives.keys() & {"ibot", "pixels"} == patches
+
+
 def test_a_convolution_gets_no_masked_patches() -> None:
     plan = propose(Data(1_000), H100, {"backbone": {"name": "resnet18"}})
     assert parts(plan.draft) == ("dino",)
-    assert "objectives.ibot.prototypes" not in plan
+    assert not {"objectives.ibot.prototypes", "objectives.pixels.weight"} & {
+        key for c in plan.choices for key in c.keys
+    }
     assert plan["views.global_size"] % 32 == plan["views.local_size"] % 32 == 0
     assert plan["batch.micro"] == 32
 

@@ -19,6 +19,7 @@ def test_the_measured_recipe_is_what_the_rules_give_for_its_data() -> None:
     assert rules.head_width(images, cpu=True) == tuple(ham["objectives"]["dino"][k] for k in ("hidden", "bottleneck"))
     assert rules.teacher_temperature(ham["steps"]) == ham["objectives"]["dino"]["teacher_temperature"]
     assert rules.local_size(size, 16) == ham["views"]["local_size"]
+    assert rules.patch_objective(size // 16, continuing=False) in ham["objectives"]
     assert rules.local_count(images, cpu=True) == ham["views"]["local_count"]
     assert list(map(list, rules.scales(images, size))) == [ham["views"][k] for k in ("global_scale", "local_scale")]
     assert rules.label_start(706, images, continuing=False) == ham["objectives"]["labels"]["start"]
