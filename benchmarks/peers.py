@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contestants import Setting, Step, backbone, crops
+from hybridssl import attention
 
 Feed = Callable[[], Sequence[Tensor]]
 
@@ -163,7 +164,8 @@ def dinov2(setting: Setting, device: torch.device, feed: Feed | None = None) -> 
 
     # Its Sinkhorn for patches adds up over processes even where there is only one, and has no group then.
     ibot_patch_loss.dist = SimpleNamespace(all_reduce=lambda tensor: None, is_initialized=lambda: False)
-    nested = XFORMERS_AVAILABLE and device.type == "cuda"
+    # Installed is not enough: one that was built for another CUDA imports, and then refuses every call.
+    nested = XFORMERS_AVAILABLE and device.type == "cuda" and attention.usable(torch.bfloat16, 64, device)
     network = partial(
         DinoVisionTransformer,
         **_transformer(setting),

@@ -85,7 +85,7 @@ def main() -> None:
         write_results(file, {**about, **heads(args.tokens, args.prototypes, args.rounds, device)})
         return
     if device.type == "cuda":  # without its kernel some others are slower, for a reason that is not ours
-        about["xformers"] = attention._xformers() is not None
+        about["xformers"] = attention.usable(torch.bfloat16, 64, device)
     names = ["floor", *(name for name in args.only if name != "floor")]
     found = []
     for setting in SIZES[args.size]:

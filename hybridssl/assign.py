@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridssl.dist import all_reduce_sum
-from hybridssl.fused import chunk, exponentials, rounding
+from hybridssl.fused import chunk, exponentials, rounded, rounding
 from hybridssl.heads import fp32, linear32
 
 # Prototypes whose scores exist at once. The same on every process, however many rows it has: each chunk is reduced.
@@ -37,7 +37,7 @@ def sinkhorn(
     a column needs the rows' as they were, and the rows' next sums need nothing but that column.
     """
     low = rounding(z.device)
-    z, weight = fp32(z), fp32(weight)
+    z, weight = fp32(z), rounded(fp32(weight), low)
     width = COLUMNS.get(z.device.type, COLUMNS["cpu"])
     parts = [slice(start, start + width) for start in range(0, len(weight), width)]
 

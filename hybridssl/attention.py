@@ -17,11 +17,11 @@ Layout = tuple[tuple[int, int], ...]
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, fused: bool, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sample. q, k, v: [T, H, d] -> [T, H, d].
 
-    fused: by a kernel that keeps no attention matrix, which on CUDA is one call for all lengths where xformers is
-    installed, and one call a length where it is not. Else by plain products.
+    fused: by a kernel that keeps no attention matrix, which on CUDA is one call for all lengths where xformers has one
+    (see `usable`), and one call a length where it has not. Else by plain products.
     dropout: share of the attention weights that are dropped.
     """
-    if fused and q.is_cuda and _xformers() is not None:
+    if fused and q.is_cuda and usable(_kind(q), q.shape[-1], q.device):
         return _block_diagonal(q, k, v, layout, dropout)
     sizes = [samples * length for samples, length in layout]
     parts = zip(q.split(sizes), k.split(sizes), v.split(sizes), layout, strict=True)
@@ -39,10 +39,31 @@ def _one_length(q: Tensor, k: Tensor, v: Tensor, shape: tuple[int, int], fused: 
 
 
 def _block_diagonal(q: Tensor, k: Tensor, v: Tensor, layout: Layout, dropout: float) -> Tensor:
-    if torch.is_autocast_enabled("cuda"):  # which knows nothing of this kernel; norms of q and k give float32
-        q, k, v = (t.to(torch.get_autocast_dtype("cuda")) for t in (q, k, v))
+    q, k, v = (t.to(_kind(q)) for t in (q, k, v))
     mask = _mask(layout, q.device)
     return _xformers().memory_efficient_attention(q[None], k[None], v[None], attn_bias=mask, p=dropout)[0]
+
+
+def _kind(q: Tensor) -> torch.dtype:
+    """In which it is computed: autocast knows nothing of xformers' kernels, and norms of q and k give float32."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else q.dtype
+
+
+@functools.cache
+def usable(dtype: torch.dtype, width: int, device: torch.device) -> bool:
+    """Whether xformers is installed and has a kernel for heads of `width` in this type on this device, there and back.
+
+    Its import says nothing of that: one that was built for another CUDA than torch only warns then, and refuses every
+    call later, as it does what the device is too old or too new for. So a small one is tried.
+    """
+    if _xformers() is None:
+        return False
+    few = torch.zeros(1, 8, 1, width, dtype=dtype, device=device, requires_grad=True)
+    try:
+        _xformers().memory_efficient_attention(few, few, few, attn_bias=_mask(((2, 4),), device))
+    except NotImplementedError:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=256)  # the blocks of a pass ask for the same few

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridssl.types import sent
 from hybridssl.view_options import ViewOptions
 
 NEVER = 2.0  # a solarisation threshold that no value reaches
@@ -99,7 +100,7 @@ def apply(crops: Tensor, parameters: Tensor, sigma_max: float) -> Tensor:
     """
     n, c, height, width = crops.shape
     blurred, inverted = (parameters[:, -1] > 0).nonzero()[:, 0], (parameters[:, -2] < NEVER).nonzero()[:, 0]
-    blurred, inverted, numbers = (t.to(crops.device, non_blocking=True) for t in (blurred, inverted, parameters))
+    blurred, inverted, numbers = (sent(t, crops.device) for t in (blurred, inverted, parameters))
     matrix, bias, threshold, sigma = numbers.split([c * c, c, 1, 1], dim=1)
     flat = torch.bmm(matrix.view(n, c, c) / 255, crops.flatten(2).float()).add_(bias[:, :, None])
     images = flat.clamp_(0, 1).view(n, c, height, width)

@@ -57,6 +57,7 @@ def draw(layout: Layout, drop: float, x: Tensor) -> Draw:
 
 def residual(x: Tensor, drawn: Draw, branch: Callable[[Tensor], Tensor]) -> Tensor:
     """x + branch(x) where `drawn` computes it, x elsewhere. x: [T, D]."""
-    out = branch(x if drawn.rows is None else x[drawn.rows])
+    # Not x[rows], whose gradient a GPU sorts first, in case a row comes twice.
+    out = branch(x if drawn.rows is None else x.index_select(0, drawn.rows))
     out = out if drawn.scale is None else out * drawn.scale
     return x + out if drawn.rows is None else x.index_add(0, drawn.rows, out.to(x.dtype))

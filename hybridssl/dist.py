@@ -85,6 +85,6 @@ def all_agree(mine: bool) -> bool:
 def _all_reduce(tensor: Tensor, operation: str) -> Tensor:
     if not _several():
         return tensor
-    total = tensor.detach().clone()
+    total = tensor.detach().clone(memory_format=torch.contiguous_format)  # NCCL takes no other
     dist.all_reduce(total, getattr(dist.ReduceOp, operation))
     return total

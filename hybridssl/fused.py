@@ -38,11 +38,16 @@ def product(a: Tensor, b: Tensor, low: torch.dtype | None) -> Tensor:
     """a [n, m] @ b [m, k] in float32 (float64 stays); to be called with autocast off.
 
     With `low` the factors are rounded to it, as they are in every linear layer, but sums and scores never are: a
-    bfloat16 cosine over a temperature of 0.04 would be off by a tenth.
+    bfloat16 cosine over a temperature of 0.04 would be off by a tenth. What is `rounded` already is not copied again.
     """
     if low is not None and a.dtype != torch.float64:
         return torch.mm(a.to(low), b.to(low), out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+def rounded(factor: Tensor, low: torch.dtype | None) -> Tensor:
+    """A factor of several products as each of them would round it: once."""
+    return factor if low is None or factor.dtype == torch.float64 else factor.to(low)
 
 
 def exponentials(z: Tensor, weight: Tensor, temperature: float, low: torch.dtype | None) -> Tensor:
@@ -120,16 +125,17 @@ class _CrossEntropy(torch.autograd.Function):
         low: torch.dtype | None,
     ) -> Tensor:
         loss, grad_z, grad_weight = z.new_zeros(()), torch.empty_like(z), None
+        targets, prototypes = replace(targets, weight=rounded(targets.weight, low)), rounded(weight, low)
         for rows in _chunks(z.shape[1], z.shape[0] * len(weight), z.device):
             wanted = targets.rows(rows, low)
             if mix is not None:
                 wanted = torch.tensordot(mix, wanted, 1)
             wanted = wanted.flatten(0, 1)  # [V n, K]
             mine, scale = z[:, rows].flatten(0, 1) / temperature, share[:, rows].reshape(-1, 1)
-            log_p = F.log_softmax(product(mine, weight.T, low), dim=1)
+            log_p = F.log_softmax(product(mine, prototypes.T, low), dim=1)
             loss -= torch.linalg.vecdot(wanted, log_p) @ scale[:, 0]
-            gap = log_p.exp_().sub_(wanted)  # the gradient of CE with respect to the scores
-            grad_z[:, rows] = (product(gap, weight, low) * (scale / temperature)).unflatten(0, (len(z), -1))
+            gap = rounded(log_p.exp_().sub_(wanted), low)  # the gradient of CE with respect to the scores
+            grad_z[:, rows] = (product(gap, prototypes, low) * (scale / temperature)).unflatten(0, (len(z), -1))
             if low is None and grad_weight is not None:
                 grad_weight.addmm_(gap.T, mine * scale)  # without another tensor of the prototypes' size
             else:

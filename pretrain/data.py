@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from hybridssl import views
 from hybridssl.backbone import Backbone
-from hybridssl.types import Batch, Column
+from hybridssl.types import Batch, Column, sent
 from hybridssl.views import Item, ViewOptions
 from pretrain.batches import Watched
 from pretrain.columns import columns, encode
@@ -149,33 +150,50 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class EvalImages(Dataset):
-    """uint8 [C, size, size] images in evaluation geometry; black where unreadable: a probe must not end a run."""
+def eval_images(index: Index, numbers: np.ndarray, size: int, batch: int, threads: int) -> Iterator[torch.Tensor]:
+    """uint8 [B, C, size, size] in evaluation geometry; black where unreadable: a probe must not end a run.
 
-    def __init__(self, index: Index, numbers: np.ndarray, size: int) -> None:
-        self.index, self.numbers, self.size = index, numbers, size
+    Read here and decoded by `threads`, for decoders let go of Python's lock. A batch is one ahead of whoever takes it.
+    """
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: int) -> np.ndarray:
+    def read(number: int) -> bytes:
         try:
-            image = decode(self.index.read(int(self.numbers[i])).image, self.size, self.index.channels)
+            return index.read(number).image
         except DataError:
-            return np.zeros((self.index.channels, self.size, self.size), np.uint8)
-        return views.resize_for_eval(image, self.size)
+            return b""
+
+    def shown(data: bytes) -> np.ndarray:
+        try:
+            return views.resize_for_eval(decode(data, size, index.channels), size)
+        except DataError:
+            return np.zeros((index.channels, size, size), np.uint8)
+
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: list[Future[np.ndarray]] = []
+        for start in range(0, len(numbers) + batch, batch):
+            mine, ahead = ahead, [pool.submit(shown, read(int(n))) for n in numbers[start : start + batch]]
+            if mine:
+                yield torch.from_numpy(np.stack([one.result() for one in mine]))
 
 
 @torch.no_grad()
 def features(
-    backbone: Backbone, index: Index, numbers: np.ndarray, options: ViewOptions, batch: int = 64
+    backbone: Backbone,
+    index: Index,
+    numbers: np.ndarray,
+    options: ViewOptions,
+    batch: int = 64,
+    threads: int = 1,
 ) -> np.ndarray:
-    """CLS features [N, D] of the samples `numbers`, on the backbone's device, in evaluation geometry."""
+    """CLS features [N, D] of the samples `numbers`, on the backbone's device, in evaluation geometry.
+
+    threads: that decode. One alone lets a GPU wait for several seconds per thousand images.
+    """
     device = next(backbone.parameters()).device
 
     def chunks() -> Iterator[torch.Tensor]:
-        for images in DataLoader(EvalImages(index, numbers, options.global_size), batch_size=batch):
-            pixels = views.normalise(images.to(device), options.mean, options.std)
-            yield backbone(pixels).cls.float().cpu()
+        for images in eval_images(index, numbers, options.global_size, batch, threads):
+            pixels = views.normalise(sent(images, device), options.mean, options.std)
+            yield backbone(pixels).cls.float()
 
-    return torch.cat(list(chunks())).numpy() if len(numbers) else np.zeros((0, backbone.dim), np.float32)
+    return torch.cat(list(chunks())).cpu().numpy() if len(numbers) else np.zeros((0, backbone.dim), np.float32)

@@ -153,7 +153,7 @@ def machine(candidates: Sequence[str] = ()) -> Machine:
         gpus=gpus,
         gpu=devices[0].name if gpus else "",
         gpu_memory=min((d.total_memory for d in devices), default=0) / 2**30,
-        bf16=torch.cuda.is_bf16_supported() if gpus else _cpu_bf16(),
+        bf16=torch.cuda.is_bf16_supported(including_emulation=False) if gpus else _cpu_bf16(),
         processes=processes,
         had=frozenset(name for name in candidates if _is_had(name)),
     )

@@ -7,6 +7,7 @@ swaps rather than refuses, the whole batch of a process is one pass.
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,6 +23,9 @@ from shards.index import Index
 
 END = 1.0  # of the run: all objectives have started, which takes the most
 SPARE = 0.92  # of the memory that is free: what fragments, communication and log points need beside a step
+# What the driver and libraries say where torch's own allocator has left them nothing: a kernel is loaded when it is
+# first called, and cuBLAS asks for its own.
+FULL = re.compile("out of memory|ALLOC_FAILED")
 
 
 def with_micro_batch(recipe: Recipe, index: Index, device: torch.device, world: int) -> Recipe:
@@ -73,7 +77,9 @@ def _fits(recipe: Recipe, index: Index, device: torch.device, share: int, micro:
         with dist.alone():  # one process may run out of memory where another does not, and must not leave it waiting
             try_step(recipe, index, device, share, micro)
         return torch.cuda.max_memory_allocated(device) - held < SPARE * free
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and not FULL.search(str(error)):
+            raise
         return False
     finally:
         gc.collect()

@@ -145,14 +145,31 @@ class Guard:
 
 
 class Unchanged:
-    """Buffers (running statistics, centres, queues) as they were before a step, for the case that it is refused."""
+    """Buffers (running statistics, centres, queues) as they were before a step, for the case that it is refused.
+
+    All of a type as one: a network of batch norms has hundreds of a few numbers each, and a GPU does not get through a
+    kernel for each of them sooner than through one for all.
+    """
 
     def __init__(self, *models: nn.Module) -> None:
         self.models = models
-        self.before = [{name: b.clone() for name, b in model.named_buffers()} for model in models]
+        self.before = {kind: _joined(buffers) for kind, buffers in self._buffers().items()}
 
     @torch.no_grad()
     def keep(self, refused: Tensor) -> None:
-        for model, before in zip(self.models, self.before, strict=True):
-            for name, buffer in model.named_buffers():
-                buffer.copy_(torch.where(refused > 0, before[name], buffer))
+        bad = refused > 0
+        for kind, buffers in self._buffers().items():
+            then = torch.where(bad, self.before[kind], _joined(buffers)).split([b.numel() for b in buffers])
+            torch._foreach_copy_(buffers, [t.view_as(b) for t, b in zip(then, buffers, strict=True)])
+
+    def _buffers(self) -> dict[torch.dtype, list[Tensor]]:
+        found: dict[torch.dtype, list[Tensor]] = {}
+        for model in self.models:
+            for buffer in model.buffers():
+                found.setdefault(buffer.dtype, []).append(buffer)
+        return found
+
+
+def _joined(buffers: Sequence[Tensor]) -> Tensor:
+    """Their values one behind the other, copied."""
+    return torch.cat([buffer.flatten() for buffer in buffers])

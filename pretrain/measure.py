@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hybridssl import student
+from hybridssl import efficiency, precision, student
 from hybridssl.views import render
 from pretrain import data, fit
 from pretrain.assemble import build_student
@@ -33,6 +33,8 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
     """
     cuda = torch.cuda.is_available()
     device, workers = torch.device("cuda" if cuda else "cpu"), max(recipe.data.workers, 1)
+    if recipe.precision == "auto":  # as the run will find for itself
+        recipe = replace(recipe, precision="bf16" if precision.faster_in_bf16(device) else "no")
     recipe = fit.with_micro_batch(recipe, index, device, processes)
     assert recipe.batch.micro != "auto"
     micro = recipe.batch.micro or recipe.batch.size // processes
@@ -47,6 +49,8 @@ def measure(recipe: Recipe, index: Index, processes: int = 1, cores: int = 1) ->
     )
     learner = build_student(recipe, index, micro, fresh=False).to(device)
     teacher = student.make_teacher(learner)
+    for one in (learner, teacher):
+        efficiency.apply(one.backbone, recipe.efficiency)
     batches = iter(data.loader(recipe, index, "clean" in learner.views, learner.backbone.patch_size, 0, 0, 1))
     loading = _seconds(lambda: next(batches)) / micro
     batch = next(batches).to(device)

@@ -64,7 +64,8 @@ class _Judged:
     def _features(self, backbone: Backbone, numbers: np.ndarray) -> np.ndarray:
         """[N, D]. A pass of a sharded backbone needs all processes, so each makes as many, with some images again."""
         shares = np.resize(numbers, (dist.world_size(), -(-len(numbers) // dist.world_size())))
-        mine = data.features(backbone, self.index, shares[dist.rank()], self.recipe.views)
+        threads = max(self.recipe.data.workers, 1)  # on the cores of the loader, which has made ahead what it may
+        mine = data.features(backbone, self.index, shares[dist.rank()], self.recipe.views, threads=threads)
         return np.concatenate(dist.gather_objects(mine))[: len(numbers)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
 SKIP, WARM, STEPS = 5, 1, 3  # steps passed over, steps with the profiler on but unheard, steps in the trace
@@ -53,7 +54,9 @@ class Profiler:
         def own(event) -> float:  # microseconds, without what it calls
             return event.self_device_time_total if self.gpu else event.self_cpu_time_total
 
-        events = [e for e in profiled.key_averages() if not e.key.startswith("ProfilerStep")]
+        # A GPU's time is listed twice: with the operations that start its kernels, and again with the kernels.
+        listed = [e for e in profiled.key_averages() if e.device_type == DeviceType.CPU]
+        events = [e for e in listed if not e.key.startswith("ProfilerStep")]
         events.sort(key=own, reverse=True)
         whole = sum(map(own, events)) or 1.0
         lines = [f"{'operation':<50} {'share':>6} {'ms a step':>10} {'calls':>6}"]

@@ -88,4 +88,4 @@ class Ibot(Distil):
 
 def _masked(tokens: Tokens, batch: Batch) -> Tensor:
     """The masked patches [M, D] of the global views, view-major, then in the order of the grid."""
-    return tokens.patches.flatten(0, 1)[batch.hidden]
+    return tokens.patches.flatten(0, 1).index_select(0, batch.hidden)

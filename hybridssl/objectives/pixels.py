@@ -73,7 +73,7 @@ class Pixels(Objective):
         else:
             assert student.visible is not None
             patches, distance = self.decoder(student.visible, batch.masks.flatten(0, 1)), F.mse_loss
-        hidden = patches.flatten(0, 1)[batch.hidden]
+        hidden = patches.flatten(0, 1).index_select(0, batch.hidden)
         wanted = normalize_mean_var(patchify(student.views.global_, self.patch)).flatten(0, 1)[batch.hidden]
         losses = distance(fp32(self.predict(hidden)), wanted, reduction="none").mean(dim=1)  # [M]
         return {"pixels": losses.sum() * target}
