@@ -17,6 +17,8 @@ HAM = {  # how pages call the arms of benchmarks/ham.py
 }
 
 BUDGET = {  # and those of `benchmarks/budget.py --size cpu`
+    "pixels, late, text prototypes": "pixels-for-ibot",
+    "pixels, no labels": "ssl-pixels",
     "late, text prototypes": "hybrid-late-text",
     "late, random prototypes": "hybrid-late",
     "late, words that learn first": "hybrid-late-text-warm",
@@ -24,6 +26,7 @@ BUDGET = {  # and those of `benchmarks/budget.py --size cpu`
     "late, random, drawn class by class": "hybrid-late-balanced",
     "late, domain removed": "hybrid-late-no-domain",
     "late, domain removed at full strength": "hybrid-late-no-domain-strong",
+    "late, KDE for KoLeo": "kde-for-koleo",
     "DermINO's formulation": "dermino",
     "no labels": "ssl",
     "labels alone": "labels",

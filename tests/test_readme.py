@@ -77,8 +77,19 @@ def test_every_other_measured_figure_is_the_one_that_was_measured() -> None:
     assert f"regression on 10 % of the labels over five draws of them: {interval(draws, '+')}" in text
     ssl, labels = (budget_gap("late, text prototypes", half) for half in ("no labels", "labels alone"))
     for figure in ("ham linear 10 %", "ham knn"):
-        assert re.search(re.escape(ssl[figure]) + r"( to self-supervision)? and " + re.escape(labels[figure]), text)
-    assert f"{ssl['composite']} to self-supervision, both seeds" in text
+        assert f"{ssl[figure]} and {labels[figure]}" in text
+    assert f"nor was a gain on the mean over self-supervision, {ssl['composite']}." in text
+    painted = "pixels, late, text prototypes"
+    halves = [budget_gap(painted, half)["composite"] for half in ("pixels, no labels", "labels alone")]
+    assert "gains {} over self-supervision and {} over the labels alone; less".format(*halves) in text
+    assert f"less than {results['budget-cpu']['noise_threshold']:.3f} would be the chance of a seed" in text
+    assert f"{budget_gap(painted, 'late, text prototypes')['composite']} for the pixels" in text
+    adjusted = {frozenset((gap["a"], gap["b"])): gap["p_holm"] for gap in results["budget-cpu"]["differences"]}
+    assert f"adjusted for all {len(adjusted)} pairs of arms" in text
+    ours, less = "pixels-for-ibot", ("labels", "hybrid-late-text", "ssl-pixels")
+    assert [round(adjusted[frozenset((ours, arm))], 2) for arm in less] == [0.01, 0.01, 1]
+    gap = results["ham-cpu"]["differences"]["hybrid - ssl, logistic, labels 1"]
+    assert f"where logistic regression is given all labels, {interval(gap, '+')}." in text
     assert [len(results["budget-cpu"]["by_seed"][arm]) for arm in ("ssl", "labels", "hybrid-late-text")] == [2, 2, 2]
     test = results["pad"]["shift"]["logistic"]["histogram"]["detail"]["domains"]["ham10000"]["test"]
     assert f"Balanced accuracy on {test:,} test images" in text
