@@ -67,6 +67,19 @@ def _same_model_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """rich takes its width from one of these, and from the others that there is a terminal, where there is none."""
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _no_weights_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The doctor proposes others where released ones lie in the cache of the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "no-hub"))
+
+
+@pytest.fixture(autouse=True)
 def _own_precision(request: pytest.FixtureRequest) -> Iterator[None]:
     """accelerate keeps device and precision for a process; precision=auto is bf16 where that is faster, and tests name
     others."""

@@ -16,7 +16,7 @@ FAILED = 70  # exit code of work that raised
 
 def forked(work: Callable[[], int], log: Path | None = None) -> int:
     """The id of a child process that does `work` and exits with its code. It says what it says to the end of `log`, and
-    leads a group of its own: its workers can be killed with it."""
+    so do faulthandler and C code in it. It leads a group of its own: its workers can be killed with it."""
     child = os.fork()
     if child:
         return child
@@ -26,6 +26,7 @@ def forked(work: Callable[[], int], log: Path | None = None) -> int:
             told = stack.enter_context(open(log, "a"))
             stack.enter_context(contextlib.redirect_stdout(told))
             stack.enter_context(contextlib.redirect_stderr(told))
+            os.dup2(told.fileno(), 2)
         os.setsid()
         try:
             code = work()

@@ -85,6 +85,7 @@ def test_micro_batches_equal_one_batch_at_both_sizes(whole: Path, tiny: list[str
     assert_close(losses(tmp_path / "micro"), losses(whole), 1e-4)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("step", [1, 2])  # before the turn, and at it
 def test_a_killed_run_goes_on_bit_for_bit_across_the_turn(
     step: int, whole: Path, tiny: list[str], tmp_path: Path
@@ -92,9 +93,7 @@ def test_a_killed_run_goes_on_bit_for_bit_across_the_turn(
     out = tmp_path / "killed"
     arguments = [*tiny, HALF, f"out={out}", "save.every=1"]
     process = launch(arguments)  # by the door
-    deadline = time.monotonic() + 200
     while process.poll() is None and not (out / "checkpoints" / f"step-{step}").is_dir():
-        assert time.monotonic() < deadline, "the run did not reach the step to be killed at"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -26,7 +26,7 @@ def killed(folder: Path, index: Path, count: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_ten_deaths_change_nothing(index: Path, tmp_path: Path) -> None:
     found = killed(tmp_path, index, 10)
     assert found["different"] == found["exports"] == []

@@ -80,6 +80,7 @@ def test_the_precision_is_measured_once_and_kept(tiny: list[str], tmp_path: Path
     assert "precision: 'no'" in (tmp_path / "new" / "recipe.yaml").read_text()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("step", [1, 3])
 def test_kill_and_resume_equals_uninterrupted_bit_for_bit(
     whole: Path, tiny: list[str], tmp_path: Path, step: int
@@ -87,9 +88,7 @@ def test_kill_and_resume_equals_uninterrupted_bit_for_bit(
     out = tmp_path / "killed"
     process = launch([*tiny, f"out={out}"])
     metrics = out / "metrics.jsonl"
-    deadline = time.monotonic() + 200
     while process.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= step):
-        assert time.monotonic() < deadline, "the run did not reach the step to be killed at"
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -102,6 +101,7 @@ def test_kill_and_resume_equals_uninterrupted_bit_for_bit(
         assert all(torch.equal(a[key], b[key]) for key in a), name
 
 
+@pytest.mark.timeout(600)
 def test_an_interrupt_saves_and_the_same_command_goes_on(tiny: list[str], tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     arguments = [*tiny, f"out={out}", "steps=500", "save.every=1000", "data.workers=1"]

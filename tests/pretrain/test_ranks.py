@@ -32,7 +32,7 @@ def hangs_here() -> None:
     time.sleep(600)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("fault", "own_words"),
     [("dies", "RuntimeError: lost its device"), ("hangs_here", "process 1 has been at step 4 for")],
@@ -42,19 +42,21 @@ def test_a_process_that_fails_ends_the_job_with_its_own_words(
 ) -> None:
     arguments = [*TINY, f"data.train={index}", f"out={tmp_path / 'run'}", f"timeout={TIMEOUT}", "steps=50"]
     environment, place = {**os.environ, "PYTHONPATH": str(ROOT)}, meeting()
-    program = [sys.executable, __file__, fault, str(place.port), *arguments]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=280)
-    told = done.stderr
-    assert done.returncode == 0, told
+    program = [sys.executable, __file__, fault, str(place.port), str(tmp_path), *arguments]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=560)
+    told = "".join(log.read_text() for log in sorted(tmp_path.glob("*.log")))
+    assert done.returncode == 0, done.stderr + told
     assert own_words in told
     if fault == "hangs_here":
         assert "in hangs_here" in told  # where it is
     assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()  # and what was done is kept
 
 
-def two(fault: str, port: str, arguments: list[str]) -> int:
-    """0 where both ended within the timeout (and a little), neither as if all were well."""
-    return both_end([forked(partial(one, rank, fault, port, arguments)) for rank in (0, 1)])
+def two(fault: str, port: str, folder: str, arguments: list[str]) -> int:
+    """0 where both ended within the timeout (and a little), neither as if all were well. Each has a log of its own: a
+    stack is written in pieces, and both write theirs at about the same time."""
+    logs = [Path(folder, f"{rank}.log") for rank in (0, 1)]
+    return both_end([forked(partial(one, rank, fault, port, arguments), log) for rank, log in enumerate(logs)])
 
 
 def one(rank: int, fault: str, port: str, arguments: list[str]) -> int:
@@ -88,4 +90,4 @@ def both_end(children: list[int]) -> int:
 
 if __name__ == "__main__":
     os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    sys.exit(two(sys.argv[1], sys.argv[2], sys.argv[3:]))
+    sys.exit(two(*sys.argv[1:4], sys.argv[4:]))

@@ -55,7 +55,7 @@ def test_every_section_is_there_and_the_file_stands_alone(run: Path) -> None:
     html = html_of(run)
     assert sections(html) == ALL
     assert len(html) < 3_000_000
-    assert not re.search(r"https?:|<script|\bnan\b", html)
+    assert not re.search(r"https?:|<script|\bnan\b", re.sub(r"base64,[\w+/]+", "", html))  # which may spell any word
     assert "synthetic" in html
     for words in ("ln K", "By class", "By source", "untrained backbone", "At the start", "dino", "ibot", "labels"):
         assert words in html
