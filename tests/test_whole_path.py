@@ -38,6 +38,12 @@ def accelerate(*arguments: str) -> str:
     return call(*launch, "--mixed_precision", "no", "--dynamo_backend", "no", "pretrain", *arguments)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No features of another run, or of another version, are read, and none are left in the home folder."""
+    monkeypatch.setenv("HYBRIDSSL_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """36 photographs of 18 patients in a folder with an odd name, and a table that names two diagnoses."""
@@ -54,7 +60,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(600)  # a dozen processes, each of which imports torch
+@pytest.mark.timeout(1800)  # a dozen processes, each of which imports torch
 def test_the_commands_of_the_readme(photos: Path, tmp_path: Path) -> None:
     data, run, model, out = (str(tmp_path / name) for name in ("data", "run", "model", "results"))
     python("shards", "build", "--images", str(photos), "--table", str(photos / "labels.csv"), "--out", data)
@@ -96,6 +102,7 @@ def test_the_commands_of_the_readme(photos: Path, tmp_path: Path) -> None:
     assert timm.create_model(f"local-dir:{model}", num_classes=0).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
 
 
+@pytest.mark.timeout(900)
 def test_an_index_whose_test_images_were_read_in_pretraining_is_refused(photos: Path, tmp_path: Path) -> None:
     data, run = str(tmp_path / "data"), str(tmp_path / "run")
     python("shards", "build", "--images", str(photos), "--table", str(photos / "labels.csv"), "--out", data)

@@ -14,6 +14,11 @@ RAW = re.compile(
 )  # snake_case but file names, NaN, long decimals, markdown
 
 
+def without_pictures(html: str) -> str:
+    """A page without the bytes of its pictures: in as much base64 any short word comes up some day."""
+    return re.sub(r"data:image/\w+;base64,[A-Za-z0-9+/=]+", "", html)
+
+
 def words(html: str, between: str = "") -> str:
     """What is read on a page, without its style, what only a tooltip shows, and its markup (`between` in its place)."""
     body = re.sub(r"<style>.*?</style>|<title>.*?</title>", "", html, flags=re.DOTALL)
@@ -33,5 +38,7 @@ def look(page: Path) -> str:
     links = [unquote(unescape(link)) for link in re.findall(r'href="([^"#]+)"', html)]
     assert "results.json" in links
     assert all((page.parent / link).is_file() for link in links), links
-    assert not (raw := RAW.findall(words(html, between=" ").replace(about["backbone"]["name"], ""))), raw
+    ours = words(html, between=" ").replace(about["backbone"]["name"], "")
+    ours = re.sub(r"(?<!\S)/\S+", "", ours)  # the folder of the tests may have any name
+    assert not (raw := RAW.findall(ours)), raw
     return words(html)

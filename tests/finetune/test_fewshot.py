@@ -14,16 +14,15 @@ from finetune.backbones import load
 from finetune.features import extract
 from tests.finetune.looked import look
 
-RNG = np.random.default_rng(0)
-
 
 @pytest.fixture(scope="module")
 def labelled():
     """(y, group): 3 classes, groups of 1 to 4 images; class 2 has 6 images in 2 groups."""
-    sizes = {0: RNG.integers(1, 5, 20), 1: RNG.integers(1, 5, 9), 2: np.array([2, 4])}
+    rng = np.random.default_rng(0)
+    sizes = {0: rng.integers(1, 5, 20), 1: rng.integers(1, 5, 9), 2: np.array([2, 4])}
     y = np.concatenate([np.full(s.sum(), c) for c, s in sizes.items()])
     group = np.concatenate([100 * c + np.repeat(np.arange(len(s)), s) for c, s in sizes.items()])
-    order = RNG.permutation(len(y))
+    order = rng.permutation(len(y))
     return y[order], group[order]
 
 
@@ -66,7 +65,7 @@ def test_every_group_is_as_likely_to_come_first(labelled):
 def vectors(labelled):
     """Unit features of the labelled images, of 30 queries, and the episodes."""
     y, group = labelled
-    x = RNG.normal(size=(len(y) + 30, 7)) + 1
+    x = np.random.default_rng(1).normal(size=(len(y) + 30, 7)) + 1
     x[: len(y)] += np.eye(7)[y]
     x = episodes.centre(x, x.mean(0))
     return x[: len(y)], x[len(y) :], episodes.draw(y, group, 3, 5, 6, seed=0)
@@ -106,7 +105,7 @@ def test_logistic_is_scikit_learns_and_reports_every_fit(vectors, labelled):
 
 def test_a_class_without_an_image_is_never_chosen(labelled):
     y, group = labelled
-    x = RNG.normal(size=(len(y), 5)).astype(np.float32)
+    x = np.random.default_rng(2).normal(size=(len(y), 5)).astype(np.float32)
     order = episodes.draw(y, group, 4, 2, 3, seed=0)
     for classify in (episodes.nearest_mean, episodes.logistic):
         (scores,) = classify(x, order, (2,), x[:8])

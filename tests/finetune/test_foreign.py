@@ -232,6 +232,7 @@ def test_timm_architectures_with_fresh_weights(name):
 @pytest.mark.parametrize(("name", "late"), [("beit_base_patch16_224", True), ("vit_tiny_patch16_224", False)])
 def test_tokens_of_timm_have_gone_through_the_final_norm(name, late, index):
     """BEiT keeps its norm behind the pooling: without it, the class token is the residual stream."""
+    torch.manual_seed(4)
     model = timm.create_model(name, num_classes=0, img_size=32, embed_dim=24, depth=2, num_heads=2).eval()
     norm = model.fc_norm if late else model.norm
     torch.nn.init.normal_(norm.weight)

@@ -264,6 +264,7 @@ def test_grades_and_disease_are_judged_in_their_own_terms(evaluate, capsys, inde
     assert "--positive mel: no such class here; there are blue, brown, red" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(900)  # a regression a label for each of twenty penalties, on a thousand features
 def test_several_labels_an_image(evaluate, new_index, table):
     """Every third image shows a second finding; val scores are kept beside those of test."""
     other = {"blue": "red", "brown": "blue", "red": "brown"}

@@ -16,15 +16,14 @@ from finetune.ranking import measure, rank
 from finetune.retrieve import draw
 from tests.finetune.looked import look
 
-RNG = np.random.default_rng(0)
-
 
 @pytest.fixture(scope="module")
 def case():
     """(x, gallery x, y, gallery y, group, gallery group): some groups are shared, and class 4 has no answer."""
-    qx, gx = RNG.normal(size=(23, 6)), RNG.normal(size=(60, 6))
-    qy, gy = RNG.integers(5, size=23), RNG.integers(4, size=60)
-    return qx, gx, qy, gy, RNG.integers(30, size=23), RNG.integers(30, size=60)
+    rng = np.random.default_rng(0)
+    qx, gx = rng.normal(size=(23, 6)), rng.normal(size=(60, 6))
+    qy, gy = rng.integers(5, size=23), rng.integers(4, size=60)
+    return qx, gx, qy, gy, rng.integers(30, size=23), rng.integers(30, size=60)
 
 
 def by_torchmetrics(case, metric):

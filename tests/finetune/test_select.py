@@ -17,7 +17,7 @@ from shards.build import build as build_shards
 from shards.index import Index
 from shards.options import BuildOptions
 from tests.finetune.conftest import rows
-from tests.finetune.looked import look
+from tests.finetune.looked import look, without_pictures
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_only_unlabelled_train_images_of_other_patients_are_proposed(propose, pa
     page = (folder / "report.html").read_text()
     look(folder / "report.html")
     assert page.count("data:image/jpeg") == 20
-    assert not re.search(r"https?:|<script|\bnan\b", page)
+    assert not re.search(r"https?:|<script|\bnan\b", without_pictures(page))
 
 
 def test_copies_are_left_out(new_index):

@@ -44,17 +44,18 @@ def test_updates_begin_at_nothing_and_are_all_that_moves() -> None:
 
 
 def test_merged_weights_give_the_features_of_the_unmerged_under_the_plain_names() -> None:
+    """In double precision: in single the two differ by more than 1e-5 for one draw of the weights in a hundred."""
     plain = build(TINY, 3, 32)
-    backbone, images = build(TINY, 3, 32).eval(), torch.randn(2, 3, 40, 32)
+    backbone, images = build(TINY, 3, 32).eval().double(), torch.randn(2, 3, 40, 32).double()
     start = backbone(images).cls
     lora.add(backbone.model, 4)
-    move(backbone.model)
+    move(backbone.model.double())
     unmerged = backbone(images)
     lora.merge(backbone.model)
     merged = backbone(images)
     assert (unmerged.cls - start).abs().max() > 0.1  # it has moved
     for ours, theirs in ((merged.cls, unmerged.cls), (merged.patches, unmerged.patches)):
-        assert (ours - theirs).abs().max() < 1e-5
+        assert (ours - theirs).abs().max() < 1e-12
     assert backbone.state_dict().keys() == plain.state_dict().keys()
 
 

@@ -27,6 +27,7 @@ BACKBONES = {
 }
 
 
+@pytest.mark.timeout(900)  # the exporter loads most of torch first
 @pytest.mark.parametrize("options", BACKBONES.values(), ids=BACKBONES.keys())
 def test_onnxruntime_gives_our_features_and_the_card_runs(tmp_path, monkeypatch, capfd, options):
     folder, out = make_run(tmp_path / "run", **options), tmp_path / "out"

@@ -45,7 +45,8 @@ def folder(exported, tmp_path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    with serving() as hub:
+    with serving() as hub, socket.socket() as hub.mute:
+        hub.mute.bind(("127.0.0.1", 0))  # where nobody answers, nor can begin to listen while it is held
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
@@ -185,9 +186,7 @@ def forbidden(hub, monkeypatch):
 
 
 def no_network(hub, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{hub.mute.getsockname()[1]}")
 
 
 def offline(hub, monkeypatch):

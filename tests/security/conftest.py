@@ -13,8 +13,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.finetune.conftest import cache, export_folder, index, new_index, run_folder, table  # noqa: F401
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_precision() -> None:
+    """accelerate keeps the device and precision of whatever this process trained last, and refuses another."""
+    AcceleratorState._reset_state(True)
 
 
 class Bomb:

@@ -19,12 +19,21 @@ from shards.index import Index
 from tests.pretrain.conftest import TINY
 from tests.shards.test_dicom import make, ramp, save
 
-SECRETS = ("QUASTENFLOSSER", "QUASTENFLOßER", "Latimeria", "XQ-998877", "998877", "19380223", "1.2.40.0.13.998877")
-NAME, BIRTHDAY, NUMBER = "QUASTENFLOSSER^Latimeria", "19380223", "XQ-998877"
+# Long numbers: six digits in a row come up by chance among the decimals of a report.
+SECRETS = (
+    "QUASTENFLOSSER",
+    "QUASTENFLOßER",
+    "Latimeria",
+    "XQ-998877665544",
+    "998877665544",
+    "19380223",
+    "1.2.40.0.13.998877665544",
+)
+NAME, BIRTHDAY, NUMBER = "QUASTENFLOSSER^Latimeria", "19380223", "XQ-998877665544"
 # A value that fits each kind of text field, as somebody in a hurry would type it there.
 TYPED = {
     "PN": NAME, "LO": "Frau Latimeria QUASTENFLOSSER", "SH": "QUASTENFLOSSER", "ST": NAME, "LT": NAME, "UT": NAME,
-    "UC": NAME, "CS": "QUASTENFLOSSER", "AE": "QUASTENFLOSSER", "DA": BIRTHDAY, "UI": "1.2.40.0.13.998877",
+    "UC": NAME, "CS": "QUASTENFLOSSER", "AE": "QUASTENFLOSSER", "DA": BIRTHDAY, "UI": "1.2.40.0.13.998877665544",
 }  # fmt: skip
 KEPT_OUT = {"PatientID", "SOPClassUID", "PhotometricInterpretation", "BurnedInAnnotation", "SpecificCharacterSet"}
 MEANT = ("BodyPartExamined", "ViewPosition", "Laterality", "ImageLaterality", "Manufacturer", "ManufacturerModelName")
@@ -38,7 +47,7 @@ def infected(n: int, height: int = 48) -> Dataset:
         kind, keyword = entry[0], entry[4]
         if kind in TYPED and keyword and keyword not in KEPT_OUT and tag >> 16 > 2 and not hasattr(file, keyword):
             setattr(file, keyword, TYPED[kind])
-    file.StudyInstanceUID = file.SeriesInstanceUID = "1.2.40.0.13.998877"
+    file.StudyInstanceUID = file.SeriesInstanceUID = "1.2.40.0.13.998877665544"
     for keyword in MEANT:
         setattr(file, keyword, "QUASTENFLOSSER" if n % 2 else "LATIMERIA 1")
     file.Modality = "CT"
@@ -57,17 +66,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hospital")
     ward = root / "in" / "QUASTENFLOSSER Latimeria 19380223"
     for n in range(14):
-        save(infected(n), ward / f"XQ-998877-{n}.dcm")
+        save(infected(n), ward / f"XQ-998877665544-{n}.dcm")
     faults = [infected(n) for n in range(6)]
     faults[0].PixelData = faults[0].PixelData[:40]
     faults[1].NumberOfFrames = 3
     faults[2].BurnedInAnnotation = "YES"
     faults[3].Rows = 0
     faults[4].BitsAllocated = 13
-    faults[5].file_meta.TransferSyntaxUID = "1.2.40.0.13.998877"
+    faults[5].file_meta.TransferSyntaxUID = "1.2.40.0.13.998877665544"
     for n, file in enumerate(faults):
         file.save_as(ward / f"Latimeria-{n}.dcm", implicit_vr=False, little_endian=True, enforce_file_format=False)
-    whole = (ward / "XQ-998877-0.dcm").read_bytes()
+    whole = (ward / "XQ-998877665544-0.dcm").read_bytes()
     at = whole.index(NAME.encode())
     (ward / "cut.dcm").write_bytes(whole[: at + 12])
     (ward / "wrong-length.dcm").write_bytes(whole[: at - 2] + b"\xff\xff" + whole[at:])
@@ -94,7 +103,6 @@ def assert_no_file(out: Path) -> None:
         assert_nobody(path.name, "a name")
 
 
-@pytest.mark.timeout(200)
 def test_from_the_files_to_the_pages(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data, out = folder / "shards", folder / "out"
     build = ["build", "--images", str(folder / "in"), "--out", str(data), "--salt-file", str(folder / "salt.txt")]

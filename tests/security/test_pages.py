@@ -187,7 +187,7 @@ def results(made: Path, data: Path) -> Path:
     return out
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)  # the first test to ask for `results` runs a dozen verbs
 def test_pages_of_results(results: Path) -> None:
     pages = sorted(results.rglob("*.html"))
     assert len(pages) >= 7, pages

@@ -108,7 +108,7 @@ def assert_files_silent(folder: Path) -> None:
         assert_silent(str(path), "a name")
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)  # two trainings, a probe and their pages
 def test_a_run_from_its_data_to_its_report(
     host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, caplog
 ) -> None:
