@@ -20,6 +20,7 @@ from hybridssl.page import Page, body_of
 from pretrain import report as pretraining_report
 from pretrain.loop import main as pretrain
 from shards.__main__ import main as shards
+from shards.terminal import Terminal
 from tests.pretrain.conftest import TINY
 
 SCRIPT = "<script>alert(1)</script>"
@@ -137,8 +138,11 @@ def made(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_what_the_terminal_is_shown(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_terminal_is_shown(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Names with brackets are no markup for rich either, which would raise, or draw links."""
+    monkeypatch.setattr("shards.__main__.console", Terminal(width=400))  # a narrow one would part the names
     assert shards(["stats", str(data)]) == 0
     said = capsys.readouterr().out
     assert "[/red]" in said
