@@ -10,6 +10,7 @@ from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any hub library is imported
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # where the tests' own servers are
 
 
 settings.register_profile("busy", deadline=None)  # a machine that does something else makes no test wrong
