@@ -51,18 +51,22 @@ def _kind(q: Tensor) -> torch.dtype:
 
 @functools.cache
 def usable(dtype: torch.dtype, width: int, device: torch.device) -> bool:
-    """Whether xformers is installed and has a kernel for heads of `width` in this type on this device, there and back.
+    """Whether xformers is installed and has a kernel of those for training for heads of `width` in this type here.
 
     Its import says nothing of that: one that was built for another CUDA than torch only warns then, and refuses every
     call later, as it does what the device is too old or too new for. So a small one is tried.
     """
     if _xformers() is None:
         return False
-    few = torch.zeros(1, 8, 1, width, dtype=dtype, device=device, requires_grad=True)
-    try:
-        _xformers().memory_efficient_attention(few, few, few, attn_bias=_mask(((2, 4),), device))
-    except NotImplementedError:
-        return False
+    # Whoever asks first may be the teacher, without gradients, or a block that is computed twice: the checkpoint around
+    # it counts what is saved, and the second time nothing would be.
+    unseen = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+    with torch.inference_mode(False), torch.enable_grad(), unseen:
+        few = torch.zeros(1, 8, 1, width, dtype=dtype, device=device, requires_grad=True)
+        try:
+            _xformers().memory_efficient_attention(few, few, few, attn_bias=_mask(((2, 4),), device))
+        except NotImplementedError:
+            return False
     return True
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.cuda.amp.common
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from hybridssl import attention, backbone, fused, student
 from hybridssl.assign import sinkhorn
@@ -143,6 +144,31 @@ def test_one_kernel_serves_all_lengths_where_xformers_has_one(gpu: FakeTensorMod
         found = attention.attend(q, q, q.bfloat16(), ((2, 5), (3, 2)), fused=True, dropout=0.1)
     assert found.dtype == torch.bfloat16
     assert ops.calls[1:] == [(torch.bfloat16, (1, 16, 4, 16), (5, 5, 2, 2, 2), GPU, 0.1)]  # the first was the trial
+
+
+def test_a_trial_in_a_block_that_is_computed_twice_is_not_missed_the_second_time(monkeypatch) -> None:
+    tried = []
+
+    class Saves(Xformers):
+        def memory_efficient_attention(self, q: Tensor, k: Tensor, v: Tensor, attn_bias: Any, p: float = 0.0) -> Tensor:
+            tried.append(q.requires_grad and torch.is_grad_enabled())
+            return (q * k).exp() * v
+
+    def block(x: Tensor) -> Tensor:
+        assert attention.usable(torch.float32, 16, torch.device("cpu"))
+        return x.exp().sin()
+
+    monkeypatch.setattr(attention, "_xformers", lambda: Saves(torch.float32))
+    attention.usable.cache_clear()
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert x.grad is not None
+    attention.usable.cache_clear()
+    with torch.inference_mode():
+        block(torch.ones(3))  # a picture of a report may ask first
+    assert tried == [True, True]
+    attention.usable.cache_clear()
+    attention._mask.cache_clear()
 
 
 @pytest.mark.parametrize("autocast", [True, False])
