@@ -71,9 +71,9 @@ ARMS = {
     "labels": f"{EARLY} {RANDOM} stream.labelled_fraction=1 objectives.dino=null objectives.pixels=null"
     " objectives.spread=null views.local_count=0",
     "ssl": f"{SSL} {IBOT}",
-    "ssl-curriculum": f"{SSL} {IBOT} views.curriculum=0.75",
-    "ssl-left-out": f"{SSL} {IBOT} views.left_out=0.5",
-    "ssl-faster": f"{SSL} {IBOT} views.curriculum=0.75 views.left_out=0.5",
+    "ssl-curriculum": f"{SSL} views.curriculum=0.75",
+    "ssl-left-out": f"{SSL} views.left_out=0.5",
+    "ssl-faster": f"{SSL} views.curriculum=0.75 views.left_out=0.5",
     "ssl-pixels": SSL,
     "hybrid-text": f"{IBOT} {EARLY} {FREED}",
     "hybrid-random": f"{IBOT} {EARLY} {RANDOM}",
