@@ -55,6 +55,7 @@ SIZES = {
 }
 JOIN = {"quick": 350, "cpu": 4550, "gpu": 14_000}  # the step, .7 of each, at which labels join in the arms of LATE
 PROTOTYPES = {"quick": 512, "cpu": 512, "gpu": 4096}
+BRIEF = 0.6  # of the steps of `ssl-pixels`, in `ssl-brief`: as many seconds as `ssl-curriculum` takes
 LABELLED = {"quick": 16, "cpu": 16, "gpu": 64}  # images of a batch that have a label: the whole batch of `labels`
 
 SSL = "objectives.labels=null stream.labelled_fraction=0 text.encoder="
@@ -75,6 +76,7 @@ ARMS = {
     "ssl-left-out": f"{SSL} views.left_out=0.5",
     "ssl-faster": f"{SSL} views.curriculum=0.75 views.left_out=0.5",
     "ssl-pixels": SSL,
+    "ssl-brief": SSL,
     "hybrid-text": f"{IBOT} {EARLY} {FREED}",
     "hybrid-random": f"{IBOT} {EARLY} {RANDOM}",
     "hybrid-late": f"{IBOT} {RANDOM}",
@@ -174,6 +176,8 @@ def trunk(arm: str, labels: float) -> str | None:
 
 def overrides(work: Path, size: str, arm: str) -> list[str]:
     batch = [f"batch.size={LABELLED[size]}"] if arm == "labels" else []
+    if arm == "ssl-brief":
+        batch = [f"steps={round(BRIEF * JOIN[size] / 0.7)}"]
     keys = ARMS[arm].replace(IBOT, f"{IBOT}{PROTOTYPES[size]}").split()
     return [*SIZES[size], *keys, *batch, *words(work, arm)]
 
