@@ -4,20 +4,20 @@
     python -m benchmarks.budget --size cpu                   # the four main arms, one seed: the proof without a GPU
     python -m benchmarks.budget --size gpu --arms all --seeds 0 1 2
 
-An arm is a backbone pretrained with one set of objectives on the train split, of whose labels it may see `--labels`
-(10 %). All arms of a size see the same number of images; `labels` only the labelled ones among them, a quarter. Each is
-judged frozen, on seven figures:
+An arm is a backbone pretrained with one set of objectives on the train split, of whose labels it may see `--labels` (10
+%). All arms of a size see the same number of images; `ssl-brief` fewer, `labels` only the labelled ones among them, a
+quarter. Each is judged frozen, on seven figures:
 
 - HAM10000 test: balanced accuracy of kNN, of a linear probe with all labels, and of one with 10 %;
 - PAD-UFES-20 test, a hospital that no arm has seen: the same three;
 - HAM10000 test: IoU of a linear head on the patches against the lesion masks.
 
 Their mean is the composite. Beside it stand the seconds and the images of each arm's training, for arms that show as
-many images in less time (`ssl-curriculum`, `ssl-left-out`, `ssl-faster`); only arms that had the machine for themselves
-can be compared so. Differences between arms are paired over lesions and patients, p-values adjusted for their number
-(Holm). With two seeds or more, the noise threshold is twice the standard deviation of the composite between seeds: a
-smaller difference is not shown. Everything is cached, so an interrupted benchmark goes on where it was; arms that were
-never run are not in the results. Data and work folder: benchmarks/sets.py. Results:
+many images in less time (`ssl-curriculum`, `ssl-left-out`, `ssl-faster`) or fewer in as little (`ssl-brief`); only arms
+that had the machine alike can be compared so. Differences between arms are paired over lesions and patients, p-values
+adjusted for their number (Holm). With two seeds or more, the noise threshold is twice the standard deviation of the
+composite between seeds: a smaller difference is not shown. Everything is cached, so an interrupted benchmark goes on
+where it was; arms that were never run are not in the results. Data and work folder: benchmarks/sets.py. Results:
 benchmarks/results/budget-SIZE.json (budget-SIZE-labels-F.json for another share of the labels).
 """
 
@@ -90,11 +90,13 @@ ARMS = {
     " objectives.labels.view=global",
     "kde-for-koleo": f"{IBOT} objectives.spread.estimator=kde objectives.spread.group=64",
     "pixels-for-ibot": "",  # the recipe as it stands
+    "hybrid-late-curriculum": "views.curriculum=0.75",
 }
 RECIPE = "pixels-for-ibot"
-# Branches of the arm `ssl` at JOIN: each costs only the rest. Where images are drawn alike they are, to the bit
-# on a CPU, whole runs of these keys; `hybrid-late-balanced` draws others from JOIN on.
+# Branches at JOIN, of `ssl` or the arm of TRUNKS: each costs only the rest. Where images are drawn alike they are, to
+# the bit on a CPU, whole runs of these keys; `hybrid-late-balanced` draws others from JOIN on.
 LATE = tuple(arm for arm in ARMS if arm.startswith("hybrid-late"))
+TRUNKS = {**dict.fromkeys(LATE, "ssl"), "hybrid-late-curriculum": "ssl-curriculum", "ssl-pixels": RECIPE}
 MAIN = ("random", "labels", "ssl-pixels", RECIPE)
 UNLABELLED = ("random", *(arm for arm, keys in ARMS.items() if keys.startswith(SSL)))
 
@@ -169,9 +171,7 @@ def train(work: Path, size: str, arm: str, seed: int = 0, labels: float = 0.1, t
 
 def trunk(arm: str, labels: float) -> str | None:
     """The arm, of a tenth of the labels, from whose run this one branches at JOIN: until then both are one."""
-    if arm == "ssl-pixels" or (arm == RECIPE and labels != PROBE_LABELS):
-        return RECIPE
-    return "ssl" if arm in LATE else None
+    return RECIPE if arm == RECIPE and labels != PROBE_LABELS else TRUNKS.get(arm)
 
 
 def overrides(work: Path, size: str, arm: str) -> list[str]:

