@@ -43,11 +43,11 @@ ARMS = {
     "labels": f"{EARLY} {RANDOM} stream.labelled_fraction=1 objectives.dino=null objectives.pixels=null"
     " objectives.spread=null views.local_count=0",
     "ssl": f"{SSL} {IBOT}",
+    "ssl-pixels": SSL,
+    "ssl-brief": SSL,
     "ssl-curriculum": f"{SSL} views.curriculum=0.75",
     "ssl-left-out": f"{SSL} views.left_out=0.5",
     "ssl-faster": f"{SSL} views.curriculum=0.75 views.left_out=0.5",
-    "ssl-pixels": SSL,
-    "ssl-brief": SSL,
     "hybrid-text": f"{IBOT} {EARLY} {FREED}",
     "hybrid-random": f"{IBOT} {EARLY} {RANDOM}",
     "hybrid-late": f"{IBOT} {RANDOM}",
@@ -61,17 +61,14 @@ ARMS = {
     " objectives.labels.view=global",
     "kde-for-koleo": f"{IBOT} objectives.spread.estimator=kde objectives.spread.group=64",
     "pixels-for-ibot": "",  # the recipe as it stands
-    "hybrid-late-curriculum": "views.curriculum=0.75",
 }
 RECIPE = "pixels-for-ibot"
-SAVING = ("ssl-brief", "ssl-curriculum", "ssl-left-out", "ssl-faster", "hybrid-late-curriculum")  # time
-PARTS = ("random", *(arm for arm in ARMS if arm not in SAVING))
-# Branches at JOIN, of `ssl` or the arm of TRUNKS: each costs only the rest. Where images are drawn alike they are, to
-# the bit on a CPU, whole runs of these keys; `hybrid-late-balanced` draws others from JOIN on.
-LATE = tuple(arm for arm in ARMS if arm.startswith("hybrid-late"))
-TRUNKS = {**dict.fromkeys(LATE, "ssl"), "hybrid-late-curriculum": "ssl-curriculum", "ssl-pixels": RECIPE}
+SECONDS = ("ssl-pixels", "ssl-brief", "ssl-curriculum", "ssl-left-out", "ssl-faster")  # whose time is compared
+PARTS = ("random", *(arm for arm in ARMS if arm not in SECONDS[1:]))  # and those of which a part is in question
 MAIN = ("random", "labels", "ssl-pixels", RECIPE)
-SECONDS = ("ssl-pixels", RECIPE, *SAVING)
+# Branches of the arm `ssl` at JOIN: each costs only the rest. Where images are drawn alike they are, to the bit
+# on a CPU, whole runs of these keys; `hybrid-late-balanced` draws others from JOIN on.
+LATE = tuple(arm for arm in ARMS if arm.startswith("hybrid-late"))
 UNLABELLED = ("random", *(arm for arm, keys in ARMS.items() if keys.startswith(SSL)))
 
 
@@ -100,7 +97,9 @@ def train(work: Path, size: str, arm: str, seed: int = 0, labels: float = 0.1, t
 
 def trunk(arm: str, labels: float) -> str | None:
     """The arm, of a tenth of the labels, from whose run this one branches at JOIN: until then both are one."""
-    return RECIPE if arm == RECIPE and labels != PROBE_LABELS else TRUNKS.get(arm)
+    if arm == "ssl-pixels" or (arm == RECIPE and labels != PROBE_LABELS):
+        return RECIPE
+    return "ssl" if arm in LATE else None
 
 
 def overrides(work: Path, size: str, arm: str) -> list[str]:

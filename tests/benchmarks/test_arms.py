@@ -26,7 +26,7 @@ def test_a_late_arm_is_a_branch_of_a_checkpoint_that_its_trunk_keeps(arm, labels
     monkeypatch.setattr(arms.sets, "pretrain", lambda out, data, probe, keys, threads: started.update({out: keys}))
     for size, join in arms.JOIN.items():
         out = arms.train(tmp_path, size, arm, 3, labels)
-        trunk = runs(tmp_path, size=size) / f"{'ssl-curriculum' if arm.endswith('curriculum') else 'ssl'}-3"
+        trunk = runs(tmp_path, size=size) / "ssl-3"
         kept = command.load([*started[trunk], "data.train=x", "out=y"])
         late = command.load([*started[out], "data.train=x", "out=y"])
         assert join % kept.save.every == join % kept.save.keep_every == 0

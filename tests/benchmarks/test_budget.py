@@ -115,7 +115,6 @@ def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
     ("arm", "labels", "trunk"),
     [
         ("hybrid-late", 1, "ssl"),
-        ("hybrid-late-curriculum", 0.1, "ssl-curriculum"),
         ("ssl-pixels", 0.1, arms.RECIPE),
         (arms.RECIPE, 1, arms.RECIPE),
     ],
