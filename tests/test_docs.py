@@ -280,6 +280,13 @@ def test_figures_stand_in_their_own_cells() -> None:
     assert (
         f"is at {seeds('hybrid-late-text', unseen)} with late labels and at {seeds('ssl', unseen)} without any." in text
     )
+    saved = figures.read("budget-cpu-seconds")
+    (crops,) = (gap for gap in saved["differences"] if (gap["a"], gap["b"]) == ("ssl-brief", "ssl-curriculum"))
+    spent = {arm: round(saved["training"][arm]["0"]["seconds"] / 60) for arm in ("ssl-curriculum", "ssl-brief")}
+    ends = {arm: figures.interval(row["composite"]) for arm, row in saved["arms"].items()}
+    assert f"{spent['ssl-curriculum']} minutes with small crops first end at {ends['ssl-curriculum']}" in text
+    assert f"{spent['ssl-brief']} minutes of .6 of the plain steps at {ends['ssl-brief']}" in text
+    assert f"which is {figures.interval(figures.turned(crops['composite']), '+')} for the small crops" in text
     words = figures.budget_gap("late, text prototypes", "late, random prototypes")[tenth]
     assert f"{words} on the tenth over two seeds" in text
     home, away = (
