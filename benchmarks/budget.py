@@ -66,8 +66,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a run; 0: all cores")
     parser.add_argument("--train-only", action="store_true", help="pretrain, and judge another time")
     args = parser.parse_args()
-    family, chosen = (arms.SECONDS, arms.SECONDS) if args.seconds else (arms.PARTS, arms.MAIN)
-    chosen = family if "all" in (args.arms or ()) else args.arms or chosen
+    family = arms.SECONDS if args.seconds else arms.PARTS
+    chosen = args.arms or (arms.SECONDS if args.seconds else arms.MAIN)
+    chosen = family if "all" in chosen else chosen
+    if other := [arm for arm in chosen if arm not in family]:  # they would be trained, and not be in the results
+        parser.error(f"{', '.join(other)}: {'leave out' if args.seconds else 'add'} --seconds")
     work = sets.work_folder()
     for seed in args.seeds:
         for arm in chosen:
@@ -89,6 +92,7 @@ def main() -> None:
     command = f"python -m benchmarks.budget --size {args.size} --labels {args.labels:g}"
     if args.seconds:
         name, command = f"{name}-seconds", f"{command} --seconds"
+    command += f" --arms {' '.join(found)}"
     write_results(
         f"{name}.json", {**machine(), "command": command, "labels": args.labels, "training": trained, **table(found)}
     )

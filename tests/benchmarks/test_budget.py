@@ -98,6 +98,18 @@ def test_what_saves_time_is_a_family_of_its_own(tmp_path):
     assert set(arms.PARTS) | set(arms.SECONDS) == {"random", *arms.ARMS}
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [("--arms ssl-pixels ssl-brief", "ssl-brief: add --seconds"), ("--seconds --arms labels", "leave out --seconds")],
+)
+def test_an_arm_that_the_results_would_leave_out_is_not_trained(words, complaint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["budget", "--size", "quick", *words.split()])
+    monkeypatch.setattr(arms, "train", lambda *_: pytest.fail("it was"))
+    with pytest.raises(SystemExit):
+        budget.main()
+    assert complaint in capsys.readouterr().err
+
+
 def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
     found = {"random": {0: {}}, "ssl": {0: {}, 1: {}}, "ssl-curriculum": {1: {}}}
     for name, seconds in {"ssl-0": 40.0, "ssl-1": 50.0, "ssl-curriculum-1": 20.0}.items():
@@ -113,11 +125,7 @@ def test_seconds_and_images_are_those_of_the_runs_own_log(tmp_path):
 
 @pytest.mark.parametrize(
     ("arm", "labels", "trunk"),
-    [
-        ("hybrid-late", 1, "ssl"),
-        ("ssl-pixels", 0.1, arms.RECIPE),
-        (arms.RECIPE, 1, arms.RECIPE),
-    ],
+    [("hybrid-late", 1, "ssl"), ("ssl-pixels", 0.1, arms.RECIPE), (arms.RECIPE, 1, arms.RECIPE)],
 )
 def test_a_branch_has_cost_its_trunk_too(arm, labels, trunk, tmp_path):
     join = arms.JOIN["quick"]
